@@ -1,0 +1,1 @@
+"""Adapters: how a family of models is loaded, tapped and recorded."""

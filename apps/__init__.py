@@ -1,0 +1,1 @@
+"""Applications: what uses the framework."""

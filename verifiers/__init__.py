@@ -1,0 +1,1 @@
+"""Verifiers: how the target checks a draft."""
