@@ -69,6 +69,7 @@ def verify(
     if mask is not None:
         delta = mx.where(mask[:, :, None, None], delta, 0.0)
         g = mx.where(mask[:, :, None], g, mx.array(1, g.dtype))
+        k = mx.where(mask[:, :, None, None], k, mx.array(0, k.dtype))
     return mx.stack(outputs, axis=1), Tape(delta=delta, k=k, g=g), state
 
 

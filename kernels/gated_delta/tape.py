@@ -17,7 +17,7 @@ __all__ = ["Tape", "concat_tapes"]
 class Tape:
     """Innovations, keys and decays of T tokens of one layer.
 
-    A token that the verify mask left out has delta 0 and g 1, so that replaying it changes nothing.
+    A token that the verify mask left out has delta 0, key 0 and g 1, so that replaying it changes nothing.
 
     Attributes:
         delta: [B, T, Hv, Dv] float32, the innovations ``(v - S k) * beta``.
