@@ -1,0 +1,122 @@
+"""What adapters of mlx-lm models share: the model's parts, its caches, its description."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import (
+    ArraysCache,
+    KVCache,
+    QuantizedKVCache,
+    RotatingKVCache,
+    make_prompt_cache,
+)
+from mlx_lm.utils import _get_classes
+
+from draftloom.contracts import CacheKind, TargetInfo, TargetOutput
+from draftloom.errors import ModelError, UsageError
+from draftloom.model_info import ModelInfo
+
+from .taps import LayerTaps
+
+__all__ = ["MlxLmAdapter", "describe_model", "language_model"]
+
+
+def language_model(model: nn.Module) -> Any:
+    """The text part of a model: what has `args`, `model.layers` and the head."""
+    return getattr(model, "language_model", model)
+
+
+def describe_model(model: ModelInfo, adapter: str) -> tuple[TargetInfo, Any]:
+    """Description and skeleton of a model: its class, made from the config, without weights.
+
+    MLX makes arrays lazily, so that the skeleton holds none.
+
+    Raises:
+        ModelError: mlx-lm does not know the model type, or the config lacks what its class needs.
+    """
+    try:
+        model_class, args_class = _get_classes(dict(model.config))
+        skeleton = model_class(args_class.from_dict(dict(model.config)))
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ModelError(
+            f"the config of {model.name} does not describe a {model.model_type} model: {reason}",
+            "is its config.json complete?",
+        ) from error
+    text = language_model(skeleton)
+    args, layers = text.args, text.model.layers
+    caches = make_prompt_cache(skeleton)
+    info = TargetInfo(
+        name=model.name,
+        adapter=adapter,
+        model_type=model.model_type,
+        hidden_size=int(args.hidden_size),
+        vocab_size=int(args.vocab_size),
+        num_layers=len(layers),
+        cache_kinds=tuple(_kind(cache) for cache in caches),
+        context_limit=getattr(args, "max_position_embeddings", None),
+    )
+    return info, skeleton
+
+
+def _kind(cache: Any) -> CacheKind:
+    kinds = {
+        KVCache: CacheKind.ATTENTION,
+        QuantizedKVCache: CacheKind.ATTENTION,
+        RotatingKVCache: CacheKind.SLIDING_WINDOW,
+        ArraysCache: CacheKind.RECURRENT,
+    }
+    return kinds.get(type(cache), CacheKind.OTHER)
+
+
+class MlxLmAdapter:
+    """A model of mlx-lm whose forward is used as it is.
+
+    Args:
+        model: as mlx-lm loaded it.
+        info: from the adapter's `describe`.
+    """
+
+    def __init__(self, model: nn.Module, info: TargetInfo) -> None:
+        self.model = model
+        self.info = info
+        self._text = language_model(model)
+        self._taps = LayerTaps(self._text.model.layers)
+
+    def tap(self, layers: Sequence[int]) -> None:
+        """Choose the layers whose outputs are returned as features.
+
+        Raises:
+            UsageError: a layer that the model does not have.
+        """
+        outside = [layer for layer in layers if not 0 <= layer < self.info.num_layers]
+        if outside:
+            raise UsageError(f"no layers {outside} to tap, the model has {self.info.num_layers}")
+        self._taps.set(layers)
+
+    def forward(self, tokens: mx.array, cache: list[Any]) -> TargetOutput:
+        """Logits [B, T, V] and features [B, T, F] of tokens [B, T] int32."""
+        logits = self.model(tokens, cache=cache)
+        return TargetOutput(logits, self._taps.take())
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """Embeddings [B, T, D]."""
+        return self._text.model.embed_tokens(tokens)
+
+    def head(self, hidden: mx.array) -> mx.array:
+        """Logits [..., V] of normed hidden states [..., D]."""
+        if self._text.args.tie_word_embeddings:
+            return self._text.model.embed_tokens.as_linear(hidden)
+        return self._text.lm_head(hidden)
+
+    def make_cache(self) -> list[Any]:
+        """Fresh caches, as mlx-lm makes them."""
+        return make_prompt_cache(self.model)
+
+    def close(self) -> None:
+        """Put every replaced layer back."""
+        self._taps.clear()

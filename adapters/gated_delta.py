@@ -1,0 +1,106 @@
+"""Gated-delta layers that record a tape during verify.
+
+A wrapper takes the place of the mixer of one layer. Unless the cache it is handed records, it
+calls the mixer as it is; when it does, it runs the same operations in the same order and keeps
+the updates. Contract tests compare both with stock mlx-lm, bit for bit on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.gated_delta import compute_g, normalize_qk
+
+from draftloom.kernels.gated_delta import verify
+from draftloom.recording import RecordingEntry
+
+__all__ = ["Projections", "RecordingMixer", "project_qwen3_5", "project_qwen3_next"]
+
+Projections = Callable[[Any, mx.array], tuple[mx.array, mx.array, mx.array, mx.array]]
+"""(mixer, inputs [B, T, D]) -> q|k|v [B, T, C], z [B, T, Hv, Dv], b [B, T, Hv], a [B, T, Hv]."""
+
+
+def project_qwen3_5(mixer: Any, inputs: mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    """Input projections of mlx_lm.models.qwen3_5.GatedDeltaNet."""
+    rows, tokens, _ = inputs.shape
+    z = mixer.in_proj_z(inputs).reshape(rows, tokens, mixer.num_v_heads, mixer.head_v_dim)
+    return mixer.in_proj_qkv(inputs), z, mixer.in_proj_b(inputs), mixer.in_proj_a(inputs)
+
+
+def project_qwen3_next(
+    mixer: Any, inputs: mx.array
+) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    """Input projections of mlx_lm.models.qwen3_next.Qwen3NextGatedDeltaNet."""
+    rows, tokens, _ = inputs.shape
+    q, k, v, z, b, a = mixer.fix_query_key_value_ordering(
+        mixer.in_proj_qkvz(inputs), mixer.in_proj_ba(inputs)
+    )
+    qkv = mx.concatenate([x.reshape(rows, tokens, -1) for x in (q, k, v)], axis=-1)
+    return qkv, z, b, a
+
+
+class RecordingMixer(nn.Module):
+    """Stands in for a gated-delta mixer and shares its parameters.
+
+    Args:
+        mixer: the layer's own.
+        project: its input projections.
+    """
+
+    def __init__(self, mixer: nn.Module, project: Projections) -> None:
+        super().__init__()
+        self.mixer = mixer
+        object.__setattr__(self, "_project", project)
+
+    def __call__(
+        self, inputs: mx.array, mask: mx.array | None = None, cache: Any | None = None
+    ) -> mx.array:
+        """Output [B, T, D] of inputs [B, T, D]."""
+        if not isinstance(cache, RecordingEntry):
+            return self.mixer(inputs, mask, cache)
+        qkv, z, b, a = self._project(self.mixer, inputs)
+        output = _recorded_pass(self.mixer, qkv, a, b, mask, cache)
+        output = self.mixer.norm(output, z)
+        return self.mixer.out_proj(output.reshape(*inputs.shape[:2], -1))
+
+
+def _recorded_pass(
+    mixer: Any,
+    qkv: mx.array,
+    a: mx.array,
+    b: mx.array,
+    mask: mx.array | None,
+    entry: RecordingEntry,
+) -> mx.array:
+    """Convolution and recurrence [B, T, Hv, Dv], recorded. Order of operations as in mlx-lm."""
+    rows, tokens, channels = qkv.shape
+    kept = mixer.conv_kernel_size - 1
+    before = entry[0]
+    if before is None:
+        before = mx.zeros((rows, kept, channels), dtype=qkv.dtype)
+    if mask is not None:
+        qkv = mx.where(mask[..., None], qkv, 0)
+    window = mx.concatenate([before, qkv], axis=1)
+    entry[0] = mx.contiguous(window[:, -kept:, :])
+    mixed = nn.silu(mixer.conv1d(window))
+    key_size, heads = mixer.key_dim, (mixer.num_k_heads, mixer.num_k_heads, mixer.num_v_heads)
+    sizes = (mixer.head_k_dim, mixer.head_k_dim, mixer.head_v_dim)
+    q, k, v = (
+        part.reshape(rows, tokens, h, d)
+        for part, h, d in zip(
+            mx.split(mixed, [key_size, 2 * key_size], -1), heads, sizes, strict=True
+        )
+    )
+    q, k = normalize_qk(q, k, inv_scale=mixer.head_k_dim**-0.5, eps=1e-6)
+    state = entry[1]
+    if state is None:
+        shape = (rows, mixer.num_v_heads, mixer.head_v_dim, mixer.head_k_dim)
+        state = mx.zeros(shape, dtype=mx.float32)
+    g = compute_g(mixer.A_log, a, mixer.dt_bias)
+    output, tape, entry[1] = verify(q, k, v, g, mx.sigmoid(b), state, mask)
+    entry.record(tape, window)
+    entry.advance(tokens)
+    return output

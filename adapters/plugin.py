@@ -1,0 +1,66 @@
+"""The built-in adapters, and where models and their drafters are found."""
+
+from __future__ import annotations
+
+import tomllib
+from functools import cache
+from pathlib import Path
+
+from draftloom.contracts import LoadedModel, TargetInfo
+from draftloom.hookspecs import Register, hookimpl
+from draftloom.model_info import ModelInfo
+from draftloom.spec import ComponentSpec
+
+__all__ = [
+    "load_model",
+    "locate_model",
+    "register_target_adapters",
+    "resolve_drafter",
+]
+
+
+@hookimpl
+def register_target_adapters(register: Register) -> None:
+    """qwen3-5 (hybrids), attention."""
+    register("qwen3-5", "draftloom.adapters.qwen3_5:HybridAdapter")
+    register("attention", "draftloom.adapters.attention:AttentionAdapter")
+
+
+@hookimpl(trylast=True)
+def locate_model(reference: str) -> Path | None:
+    """Bundled pairs, folders, hub repositories."""
+    from .locate import locate
+
+    return locate(reference)
+
+
+@hookimpl(trylast=True)
+def load_model(model: ModelInfo, dtype: str) -> LoadedModel | None:
+    """Folders that mlx-lm can load."""
+    from .weights import load
+
+    return load(model, dtype)
+
+
+@hookimpl(trylast=True)
+def resolve_drafter(target: TargetInfo, model: ModelInfo) -> ComponentSpec | None:
+    """The drafter of a bundled pair, or of a public pair by the target's exact name."""
+    from .bundled import bundled_pairs
+    from .locate import DRAFT_SUFFIX
+
+    for pair in bundled_pairs().values():
+        if model.path is not None and model.path.resolve() == pair.target.resolve():
+            return ComponentSpec.make("dflash", {"checkpoint": pair.name + DRAFT_SUFFIX})
+    drafter = _public_pairs().get(target.name)
+    return None if drafter is None else ComponentSpec.make(*drafter)
+
+
+@cache
+def _public_pairs() -> dict[str, tuple[str, dict[str, str]]]:
+    text = (Path(__file__).parent / "pairs.toml").read_text(encoding="utf-8")
+    pairs = tomllib.loads(text)["pair"]
+    return {
+        name: (pair["kind"], {"checkpoint": pair["drafter"]})
+        for pair in pairs
+        for name in pair["target"]
+    }

@@ -1,0 +1,123 @@
+"""draftloom: composable lossless speculative decoding on MLX.
+
+A small drafter proposes a block of tokens, the target verifies them in one pass, an acceptance
+policy keeps the right prefix, a rollback takes the caches back. Every part is a component behind
+a pluggy hook; a builder wires parts into a checked graph. Importing this has no side effects.
+"""
+
+from draftloom.api import load, stream_generate
+from draftloom.builder import Blueprint, PipelineBuilder
+from draftloom.contracts import (
+    AcceptancePolicy,
+    Bindable,
+    BindContext,
+    CacheKind,
+    CacheRollback,
+    Checkable,
+    ComponentInfo,
+    CycleNode,
+    Draft,
+    Drafter,
+    DraftLaw,
+    DraftRequest,
+    DraftSession,
+    LayerSpeculation,
+    LoadedModel,
+    Need,
+    Port,
+    Preserves,
+    Resolvable,
+    Speculation,
+    TargetAdapter,
+    TargetInfo,
+    TargetOutput,
+    Verifier,
+    Width,
+    WidthPolicy,
+)
+from draftloom.errors import (
+    DrafterFallbackWarning,
+    DraftloomError,
+    GenerationError,
+    GraphError,
+    ModelError,
+    PluginError,
+    Problem,
+    UnknownNameError,
+    UnsupportedModelError,
+    UsageError,
+)
+from draftloom.events import CycleEvent, FailureEvent, GenerationStats, PrefillEvent
+from draftloom.graph import Graph, Node
+from draftloom.hookspecs import Register, hookimpl
+from draftloom.model_info import ModelInfo
+from draftloom.pipeline import Chunk, GenerateOptions, GenerationResult, Pipeline, TextGeneration
+from draftloom.plugins import PluginManager
+from draftloom.sampling import SamplingParams, SamplingState
+from draftloom.spec import ComponentSpec, InsertSpec, PipelineSpec
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AcceptancePolicy",
+    "BindContext",
+    "Bindable",
+    "Blueprint",
+    "CacheKind",
+    "CacheRollback",
+    "Checkable",
+    "Chunk",
+    "ComponentInfo",
+    "ComponentSpec",
+    "CycleEvent",
+    "CycleNode",
+    "Draft",
+    "DraftLaw",
+    "DraftRequest",
+    "DraftSession",
+    "Drafter",
+    "DrafterFallbackWarning",
+    "DraftloomError",
+    "FailureEvent",
+    "GenerateOptions",
+    "GenerationError",
+    "GenerationResult",
+    "GenerationStats",
+    "Graph",
+    "GraphError",
+    "InsertSpec",
+    "LayerSpeculation",
+    "LoadedModel",
+    "ModelError",
+    "ModelInfo",
+    "Need",
+    "Node",
+    "Pipeline",
+    "PipelineBuilder",
+    "PipelineSpec",
+    "PluginError",
+    "PluginManager",
+    "Port",
+    "PrefillEvent",
+    "Preserves",
+    "Problem",
+    "Register",
+    "Resolvable",
+    "SamplingParams",
+    "SamplingState",
+    "Speculation",
+    "TargetAdapter",
+    "TargetInfo",
+    "TargetOutput",
+    "TextGeneration",
+    "UnknownNameError",
+    "UnsupportedModelError",
+    "UsageError",
+    "Verifier",
+    "Width",
+    "WidthPolicy",
+    "__version__",
+    "hookimpl",
+    "load",
+    "stream_generate",
+]

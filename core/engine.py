@@ -1,0 +1,486 @@
+"""The decode loop: the only one in draftloom.
+
+Cache invariant, between cycles: the target's caches hold every token of the text but the last.
+That last token is the anchor; a cycle verifies ``[anchor, d1 .. dK]`` in one pass, and row i of
+the logits predicts the token after position i of that block. The last token of the prompt is
+handled by the same cycle with K = 0, so that there is one path for all tokens.
+
+A cycle blocks on the device once, in `Engine._read`. The next draft is launched before the
+tokens just read are handed out, so that the device works while the host makes text of them.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import attrs
+import mlx.core as mx
+
+from draftloom.contracts import (
+    AcceptancePolicy,
+    CycleNode,
+    Draft,
+    Drafter,
+    DraftRequest,
+    DraftSession,
+    Preserves,
+    Resolvable,
+    Speculation,
+    TargetAdapter,
+    Verifier,
+    Width,
+    WidthPolicy,
+)
+from draftloom.errors import DrafterFallbackWarning, DraftloomError, GenerationError, UsageError
+from draftloom.events import (
+    CycleEvent,
+    FailureEvent,
+    FinishReason,
+    GenerationStats,
+    PrefillEvent,
+)
+from draftloom.graph import Graph
+from draftloom.sampling import SamplingParams, SamplingState
+
+__all__ = ["Engine", "EngineParts", "EngineRequest", "Outcome"]
+
+UNLIMITED_WIDTH = 2**16
+CLEAR_CACHE_TOKENS = 256
+
+
+@attrs.frozen(eq=False)
+class EngineParts:
+    """A built pipeline, as the engine sees it.
+
+    Attributes:
+        graph: the checked graph.
+        target: the loaded target.
+        drafter, verifier, acceptance, width: the components.
+        open_speculation: the rollback over all caches: (cache, block) -> Speculation.
+        nodes: the inserted nodes by node name.
+        hook: pluggy's relay, for the observing hooks.
+    """
+
+    graph: Graph
+    target: TargetAdapter
+    drafter: Drafter
+    verifier: Verifier
+    acceptance: AcceptancePolicy
+    width: WidthPolicy
+    open_speculation: Callable[[list[Any], mx.array], Speculation]
+    nodes: Mapping[str, CycleNode]
+    hook: Any
+
+
+@attrs.frozen(eq=False)
+class EngineRequest:
+    """One generation.
+
+    Attributes:
+        prompt: token ids, at least one.
+        max_tokens: tokens to generate, at least one; None is up to the context limit.
+        sampling: parameters.
+        eos_token_ids: tokens that end the text.
+        prefill_chunk: prompt tokens run at once.
+        cache: caches to go on with (they hold what came before the prompt); None makes new ones.
+        cancelled: polled once a cycle; True ends the text there.
+        on_prefill: told (tokens done, tokens of the prompt) after every chunk.
+    """
+
+    prompt: tuple[int, ...]
+    max_tokens: int | None
+    sampling: SamplingParams
+    eos_token_ids: frozenset[int] = frozenset()
+    prefill_chunk: int = 2048
+    cache: list[Any] | None = None
+    cancelled: Callable[[], bool] | None = None
+    on_prefill: Callable[[int, int], None] | None = None
+
+
+@attrs.frozen
+class Outcome:
+    """What a cycle decided, on the host.
+
+    Attributes:
+        num_accepted: as the acceptance policy decided.
+        kept: draft tokens the caches keep, less where the text ends inside the block; None
+            takes the whole cycle back.
+        tokens: tokens committed to the text.
+        committed: tokens the caches take in: the anchor and the kept draft tokens.
+        finish_reason: why the text ends here, or None.
+    """
+
+    num_accepted: int
+    kept: int | None
+    tokens: tuple[int, ...]
+    committed: tuple[int, ...]
+    finish_reason: FinishReason | None
+
+
+class _UnusableDraft(Exception):
+    """The draft's numbers are not finite or its ids are outside the vocabulary."""
+
+
+class Engine:
+    """Runs one generation of a pipeline. B = 1; every array carries the batch axis.
+
+    Attributes:
+        cache: the target's caches.
+        stats: counts so far.
+        sampling: sampling state, with the seed in use.
+        acceptance: the policy that serves this request.
+    """
+
+    def __init__(self, parts: EngineParts, request: EngineRequest) -> None:
+        self._parts = parts
+        self._request = request
+        self._vocab_size = parts.target.info.vocab_size
+        request.sampling.check_vocabulary(self._vocab_size)
+        self.sampling = SamplingState(request.sampling)
+        self.acceptance = self._policy()
+        self.cache = parts.target.make_cache() if request.cache is None else request.cache
+        self.stats = GenerationStats(prompt_tokens=len(request.prompt))
+        self._limit = self._token_limit()
+        self._max_width = parts.drafter.info.max_width or UNLIMITED_WIDTH
+        self._plan = parts.graph.compile(self._calls())
+        self._session: DraftSession | None = None
+        self._speculation: Speculation | None = None
+        self._anchor = request.prompt[-1]
+        self._drafted = 0
+        self._clock = time.perf_counter()
+        self._last: CycleEvent | None = None
+        self._finished = False
+
+    def _policy(self) -> AcceptancePolicy:
+        policy, params = self._parts.acceptance, self._request.sampling
+        if isinstance(policy, Resolvable):
+            policy = policy.resolve(params)
+        if policy.info.preserves is Preserves.GREEDY and not params.greedy:
+            raise UsageError(
+                f"acceptance {policy.info.name!r} is greedy, temperature is {params.temperature}",
+                "use acceptance speculative-sampling, or temperature 0",
+            )
+        return policy
+
+    def _token_limit(self) -> int:
+        limit = self._parts.target.info.context_limit
+        prompt, wanted = len(self._request.prompt), self._request.max_tokens
+        if not prompt:
+            raise UsageError("the prompt is empty", "give at least one token")
+        outside = [t for t in self._request.prompt if not 0 <= t < self._vocab_size]
+        if outside:
+            raise UsageError(
+                f"prompt token {outside[0]} is outside the vocabulary of {self._vocab_size}",
+                "was the prompt encoded with this target's tokenizer?",
+            )
+        if wanted is not None and wanted < 1:
+            raise UsageError(f"max_tokens must be at least 1, got {wanted}")
+        if limit is None:
+            if wanted is None:
+                raise UsageError("this target states no context limit", "give max_tokens")
+            return wanted
+        if prompt >= limit:
+            raise UsageError(
+                f"the prompt has {prompt} tokens, the target's context holds {limit}",
+                "shorten the prompt",
+            )
+        return limit - prompt if wanted is None else min(wanted, limit - prompt)
+
+    # --- the loop ----------------------------------------------------------------------------
+
+    def cycles(self) -> Iterator[CycleEvent]:
+        """Generate. Yields one event a cycle, the first for the prompt's own token.
+
+        Raises:
+            GenerationError: the target, a policy or an inserted node failed. The caches are as
+                before the failing cycle.
+        """
+        try:
+            self._prefill()
+            self._plan.set("draft", Draft.empty())
+            while self._last is None or self._last.finish_reason is None:
+                event = self._cycle(0 if self._last is None else self._last.index + 1)
+                self._last = event
+                self.stats.add(event)
+                if event.finish_reason is None:
+                    self._launch_draft()
+                self._announce(event)
+                yield event
+        except DraftloomError as error:
+            self._finished = True
+            failure = FailureEvent(str(error), self.stats.generated_tokens)
+            self._parts.hook.generation_failed(event=failure)
+            raise
+        self.finish()
+
+    def cut(self, kept_tokens: int) -> None:
+        """End the text inside the last block: take the caches back to its first tokens.
+
+        Args:
+            kept_tokens: tokens of the last event that were emitted.
+        """
+        if self._last is None or self._speculation is None:
+            return
+        dropped = len(self._last.token_ids) - kept_tokens
+        if dropped > 0:
+            if kept_tokens:
+                self._speculation.commit((kept_tokens - 1,))
+            else:
+                self._speculation.abort()
+            self.stats.generated_tokens -= dropped
+            self.stats.committed -= dropped if self._last.index else 0
+
+    def finish(self) -> None:
+        """Say once that the generation has ended."""
+        if not self._finished:
+            self._finished = True
+            self._parts.hook.generation_finished(event=self.stats)
+
+    def logits_row(self, index: int) -> mx.array:
+        """Logits [V] that the token at `index` of the last event was decided on."""
+        row: mx.array = self._plan.get("logits")[0, index]
+        return row
+
+    def _prefill(self) -> None:
+        parts, prompt = self._parts, self._request.prompt
+        self._session = self._open_session()
+        report = self._request.on_prefill or (lambda done, total: None)
+        total = len(prompt)
+        report(0, total)
+        for start in range(0, total - 1, self._request.prefill_chunk):
+            chunk = prompt[start : min(start + self._request.prefill_chunk, total - 1)]
+            try:
+                features = parts.target.forward(mx.array([chunk]), self.cache).features
+                mx.eval([entry.state for entry in self.cache])
+            except Exception as error:
+                raise GenerationError(f"the target failed on the prompt: {_say(error)}") from error
+            self._tell_drafter(chunk, features)
+            report(start + len(chunk), total)
+            mx.clear_cache()
+
+    def _cycle(self, index: int) -> CycleEvent:
+        """Verify what is on the draft port, settle, and say what happened."""
+        plan = self._plan
+        draft: Draft = plan.get("draft")
+        try:
+            self._attempt()
+        except (GenerationError, KeyboardInterrupt):
+            self._abort()
+            raise
+        except Exception as error:
+            self._abort()
+            if not draft.width:
+                raise _failure(error) from error
+            draft = self._retry_alone(error)
+        outcome: Outcome = plan.get("outcome")
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        if outcome.tokens:
+            self._anchor = outcome.tokens[-1]
+        if index and outcome.finish_reason != "cancelled":
+            self._parts.width.observe(self._drafted, draft.width, outcome.num_accepted, seconds)
+        return CycleEvent(
+            index=index,
+            token_ids=outcome.tokens,
+            drafted=self._drafted if draft.width else 0,
+            verified=draft.width,
+            accepted=outcome.num_accepted,
+            source=draft.source,
+            seconds=seconds,
+            finish_reason=outcome.finish_reason,
+        )
+
+    def _attempt(self) -> None:
+        self._speculation = None
+        for step in self._plan.verify:
+            step()
+        for step in self._plan.settle:
+            step()
+
+    def _retry_alone(self, error: Exception) -> Draft:
+        """Run a failed cycle again without its draft. The drafter is to blame only if the target
+        succeeds alone."""
+        draft = Draft.empty()
+        self._plan.set("draft", draft)
+        try:
+            self._attempt()
+        except Exception as second:
+            self._abort()
+            raise _failure(second) from error
+        self._give_up_drafter(_say(error))
+        return draft
+
+    def _launch_draft(self) -> None:
+        """Start the next draft on the device; it runs while the host makes text."""
+        if self._session is None:
+            self._plan.set("draft", Draft.empty())
+            return
+        for step in self._plan.propose:
+            step()
+        mx.async_eval(self._plan.get("draft").tokens)
+
+    def _announce(self, event: CycleEvent) -> None:
+        hook = self._parts.hook
+        if event.index == 0:
+            hook.prefill_finished(event=PrefillEvent(self.stats.prompt_tokens, event.seconds))
+        else:
+            hook.cycle_finished(event=event)
+        before = self.stats.generated_tokens - len(event.token_ids)
+        if self.stats.generated_tokens // CLEAR_CACHE_TOKENS != before // CLEAR_CACHE_TOKENS:
+            mx.clear_cache()
+
+    # --- the calls that the graph's nodes are bound to ---------------------------------------
+
+    def _calls(self) -> dict[str, Callable[..., Any]]:
+        parts, policy = self._parts, self.acceptance
+        return {
+            "width": lambda: parts.width.choose(self._max_width),
+            "draft": self._draft,
+            "speculate": self._speculate,
+            "verify": lambda block, spec: parts.verifier.verify(parts.target, block, spec),
+            "accept": lambda draft, logits: policy.accept(draft, logits, self.sampling),
+            "read": self._read,
+            "rollback": self._roll_back,
+            "observe": self._observe,
+            **parts.nodes,
+        }
+
+    def _draft(self, anchor: mx.array, width: Width) -> Draft:
+        room = self._limit - self.stats.generated_tokens
+        verify = min(width.verify, width.draft, room - 1)
+        self._drafted = 0
+        if verify <= 0 or self._session is None:
+            return Draft.empty()
+        try:
+            draft = self._session.propose(anchor, width.draft, self.sampling)
+            self._check_shape(draft, width.draft)
+        except Exception as error:  # the one place that turns a drafter's failure into a fall-back
+            self._give_up_drafter(_say(error))
+            return Draft.empty()
+        self._drafted = draft.width
+        return self._check_values(draft.first(verify))
+
+    def _check_shape(self, draft: Draft, width: int) -> None:
+        tokens = draft.tokens
+        if tokens.ndim != 2 or tokens.shape[0] != 1 or tokens.shape[1] > width:
+            raise UsageError(f"proposed tokens {tuple(tokens.shape)}, at most (1, {width}) fit")
+        if not mx.issubdtype(tokens.dtype, mx.integer):
+            raise UsageError(f"proposed tokens of type {tokens.dtype}, integers are needed")
+        for name, rows in (("probs", draft.probs), ("candidates", draft.candidates)):
+            if rows is not None and rows.shape[:2] != tokens.shape:
+                raise UsageError(f"{name} {tuple(rows.shape)} do not fit tokens {tokens.shape}")
+
+    def _check_values(self, draft: Draft) -> Draft:
+        """Lazily: are all ids in the vocabulary and all numbers finite? `_read` looks."""
+        if not draft.width:
+            return draft
+        tokens, vocab = draft.tokens, self._vocab_size
+        healthy = mx.all((tokens >= 0) & (tokens < vocab), axis=1)
+        if draft.healthy is not None:
+            healthy = healthy & draft.healthy
+        if draft.probs is not None:
+            healthy = healthy & mx.all(mx.isfinite(draft.probs), axis=(1, 2))
+        return attrs.evolve(draft, tokens=mx.clip(tokens, 0, vocab - 1), healthy=healthy)
+
+    def _speculate(self, anchor: mx.array | None, draft: Draft) -> tuple[mx.array, Speculation]:
+        if anchor is None:
+            anchor = mx.array([self._anchor], dtype=mx.int32)
+        block = mx.concatenate([anchor[:, None], draft.tokens], axis=1) if draft.width else (
+            anchor[:, None]
+        )  # fmt: skip
+        self._speculation = self._parts.open_speculation(self.cache, block)
+        return block, self._speculation
+
+    def _read(
+        self, draft: Draft, num_accepted: mx.array, next_token: mx.array
+    ) -> tuple[Outcome, mx.array]:
+        """The one blocking read of a cycle: counts, next token, health and tokens at once."""
+        columns = [num_accepted.astype(mx.int32)[:, None], next_token.astype(mx.int32)[:, None]]
+        if draft.width:
+            healthy = mx.array([True]) if draft.healthy is None else draft.healthy
+            columns += [healthy.astype(mx.int32)[:, None], draft.tokens.astype(mx.int32)]
+        (row,) = mx.concatenate(columns, axis=1).tolist()
+        accepted, following, drafted = row[0], row[1], tuple(row[3:])
+        if draft.width and not row[2]:
+            raise _UnusableDraft("numbers that are not finite, or ids outside the vocabulary")
+        if not 0 <= accepted <= draft.width or not 0 <= following < self._vocab_size:
+            raise GenerationError(
+                f"acceptance policy {self.acceptance.info.name!r} gave num_accepted "
+                f"{accepted} of {draft.width} and next token {following}"
+            )
+        return self._decide(accepted, (*drafted[:accepted], following)), next_token
+
+    def _decide(self, accepted: int, tokens: tuple[int, ...]) -> Outcome:
+        """Cut the block where the text ends."""
+        request = self._request
+        if request.cancelled is not None and request.cancelled():
+            return Outcome(accepted, None, (), (), "cancelled")
+        reason: FinishReason | None = None
+        tokens = tokens[: self._limit - self.stats.generated_tokens]
+        end = next((i for i, t in enumerate(tokens) if t in request.eos_token_ids), None)
+        if end is not None:
+            tokens, reason = tokens[: end + 1], "stop"
+        elif self.stats.generated_tokens + len(tokens) >= self._limit:
+            reason = "length"
+        return Outcome(accepted, len(tokens) - 1, tokens, (self._anchor, *tokens[:-1]), reason)
+
+    def _roll_back(self, speculation: Speculation, outcome: Outcome) -> None:
+        if outcome.kept is None:
+            speculation.abort()
+        else:
+            speculation.commit((outcome.kept,))
+
+    def _observe(self, outcome: Outcome, features: mx.array | None) -> None:
+        if outcome.committed and outcome.finish_reason is None:
+            self._tell_drafter(outcome.committed, features)
+
+    # --- failures ----------------------------------------------------------------------------
+
+    def _open_session(self) -> DraftSession | None:
+        request = DraftRequest((self._request.prompt,), self.sampling, self._vocab_size)
+        try:
+            return self._parts.drafter.open(request)
+        except Exception as error:
+            self._give_up_drafter(_say(error))
+            return None
+
+    def _tell_drafter(self, committed: tuple[int, ...], features: mx.array | None) -> None:
+        if self._session is None:
+            return
+        try:
+            rows = features if features is None else features[:, : len(committed)]
+            self._session.observe((committed,), rows)
+        except Exception as error:
+            self._give_up_drafter(_say(error))
+
+    def _give_up_drafter(self, reason: str) -> None:
+        """Go on with the target alone, and say so once."""
+        self._session = None
+        if not self.stats.fell_back:
+            self.stats.fell_back = f"drafter {self._parts.drafter.info.name!r} failed: {reason}"
+            warnings.warn(
+                f"{self.stats.fell_back}; going on with the target alone",
+                DrafterFallbackWarning,
+                stacklevel=2,
+            )
+
+    def _abort(self) -> None:
+        if self._speculation is not None:
+            self._speculation.abort()
+
+
+def _failure(error: Exception) -> GenerationError:
+    if isinstance(error, GenerationError):
+        return error
+    return GenerationError(f"a cycle failed: {_say(error)}", "the caches are as before it")
+
+
+def _say(error: Exception) -> str:
+    """An exception as one line."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, DraftloomError | _UnusableDraft) else (
+        f"{type(error).__name__}: {text}"
+    )  # fmt: skip

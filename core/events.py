@@ -1,0 +1,146 @@
+"""Frozen records of what happened in a generation, handed to observers on the host."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import attrs
+
+__all__ = [
+    "CycleEvent",
+    "FailureEvent",
+    "FinishReason",
+    "GenerationStats",
+    "PrefillEvent",
+]
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@attrs.frozen
+class PrefillEvent:
+    """The prompt is in the caches and the first token is known.
+
+    Attributes:
+        prompt_tokens: tokens of the prompt.
+        seconds: from the start to the first token, wall clock.
+    """
+
+    prompt_tokens: int
+    seconds: float
+
+
+@attrs.frozen
+class CycleEvent:
+    """One cycle: draft, verify, accept, roll back, commit.
+
+    Attributes:
+        index: 0 is the token that the prompt's last position gives (it belongs to no cycle and
+            is left out of every rate); the first real cycle is 1.
+        token_ids: tokens committed, cut at the end of the text.
+        drafted: tokens the drafter proposed.
+        verified: how many of them the target looked at.
+        accepted: how many of them it agreed with.
+        source: name of the drafter that proposed; empty when nothing was proposed.
+        seconds: wall time since the cycle before.
+        finish_reason: why the text ends here; None while it goes on.
+    """
+
+    index: int
+    token_ids: tuple[int, ...]
+    drafted: int
+    verified: int
+    accepted: int
+    source: str
+    seconds: float
+    finish_reason: FinishReason | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for a trace."""
+        return attrs.asdict(self)
+
+
+@attrs.frozen
+class FailureEvent:
+    """A generation ended in an error.
+
+    Attributes:
+        message: the error, one line.
+        generated_tokens: tokens committed before it.
+    """
+
+    message: str
+    generated_tokens: int
+
+
+@attrs.define
+class GenerationStats:
+    """Counts of one generation, and the rates that follow from them.
+
+    Attributes:
+        prompt_tokens: tokens of the prompt.
+        generated_tokens: tokens emitted, the one from the prompt included.
+        cycles: cycles after the prompt.
+        committed: tokens those cycles committed.
+        drafted: tokens verified in all cycles.
+        accepted: of those, accepted.
+        verified_by_position: cycles that verified a draft token at position i.
+        accepted_by_position: of those, cycles that accepted it.
+        prefill_seconds: start to first token.
+        decode_seconds: first token to last.
+        fell_back: why the drafter was given up; empty while it works.
+    """
+
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    cycles: int = 0
+    committed: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    verified_by_position: list[int] = attrs.Factory(list)
+    accepted_by_position: list[int] = attrs.Factory(list)
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    fell_back: str = ""
+
+    def add(self, event: CycleEvent) -> None:
+        """Count one cycle. A cycle that was cancelled committed nothing and is not counted."""
+        if not event.token_ids:
+            return
+        self.generated_tokens += len(event.token_ids)
+        if event.index == 0:
+            self.prefill_seconds = event.seconds
+            return
+        self.cycles += 1
+        self.committed += len(event.token_ids)
+        self.decode_seconds += event.seconds
+        self.drafted += event.verified
+        self.accepted += event.accepted
+        missing = event.verified - len(self.verified_by_position)
+        self.verified_by_position.extend([0] * missing)
+        self.accepted_by_position.extend([0] * missing)
+        for i in range(event.verified):
+            self.verified_by_position[i] += 1
+            self.accepted_by_position[i] += i < event.accepted
+
+    @property
+    def acceptance_length(self) -> float:
+        """tau: tokens a cycle as the acceptance policy decided, 1 + accepted / cycles; 0 without
+        cycles. (The cut at the end of a text does not count against the drafter.)"""
+        return 1 + self.accepted / self.cycles if self.cycles else 0.0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted over verified draft tokens, 0..1; 0 without drafts."""
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+    @property
+    def rate_by_position(self) -> list[float]:
+        """Share of accepted draft tokens at each position, 0..1."""
+        pairs = zip(self.accepted_by_position, self.verified_by_position, strict=True)
+        return [accepted / verified for accepted, verified in pairs]
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """Tokens committed by cycles over the seconds they took; 0 without cycles."""
+        return self.committed / self.decode_seconds if self.decode_seconds > 0 else 0.0

@@ -1,0 +1,362 @@
+"""A built pipeline: generate text, stream it, look at it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypedDict, Unpack
+
+import attrs
+from mlx_lm.generate import wired_limit
+
+from draftloom.contracts import TargetInfo
+from draftloom.engine import Engine, EngineParts, EngineRequest
+from draftloom.errors import UsageError
+from draftloom.events import CycleEvent, FinishReason, GenerationStats
+from draftloom.graph import Graph
+from draftloom.sampling import SamplingParams
+from draftloom.spec import PipelineSpec
+from draftloom.text import TextStream
+
+__all__ = ["Chunk", "GenerateOptions", "GenerationResult", "Message", "Pipeline", "Prompt"]
+
+Message = dict[str, Any]
+"""A chat message: ``{"role": ..., "content": ...}``."""
+Prompt = str | Sequence[int] | Sequence[Message]
+"""Text, token ids, or the messages of a chat."""
+
+
+def _stop(value: str | Sequence[str]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+@attrs.frozen(kw_only=True)
+class GenerateOptions:
+    """How one text is generated.
+
+    Attributes:
+        max_tokens: tokens at most; None goes up to the context limit.
+        temperature, top_p, top_k, min_p, seed: see `SamplingParams`; None keeps the pipeline's.
+        stop: strings that end the text.
+        ignore_eos: go on past end-of-sequence tokens (for benchmarks).
+        thinking: for chat templates that have the switch; None is the template's default.
+        prefill_chunk: prompt tokens run at once.
+        cache: the target's caches to go on with; the prompt is what follows them.
+        cancelled: polled once a cycle; True ends the text there.
+        on_prefill: told (tokens done, tokens of the prompt).
+        on_cycle: told every `CycleEvent`.
+    """
+
+    max_tokens: int | None = 256
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = attrs.field(default=(), converter=_stop)
+    ignore_eos: bool = False
+    thinking: bool | None = None
+    prefill_chunk: int = 2048
+    cache: list[Any] | None = None
+    cancelled: Callable[[], bool] | None = None
+    on_prefill: Callable[[int, int], None] | None = None
+    on_cycle: Callable[[CycleEvent], None] | None = None
+
+    def sampling(self, default: SamplingParams) -> SamplingParams:
+        """The default with what was given here on top."""
+        names = ("temperature", "top_p", "top_k", "min_p", "seed")
+        given = {n: getattr(self, n) for n in names if getattr(self, n) is not None}
+        return attrs.evolve(default, **given)
+
+
+class OptionNames(TypedDict, total=False):
+    """The fields of `GenerateOptions`, as keyword arguments."""
+
+    max_tokens: int | None
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    seed: int | None
+    stop: str | Sequence[str]
+    ignore_eos: bool
+    thinking: bool | None
+    prefill_chunk: int
+    cache: list[Any] | None
+    cancelled: Callable[[], bool] | None
+    on_prefill: Callable[[int, int], None] | None
+    on_cycle: Callable[[CycleEvent], None] | None
+
+
+@attrs.frozen
+class Chunk:
+    """What one cycle added to the text.
+
+    Attributes:
+        text: whole characters; may be empty while a character or a stop string is unfinished.
+        token_ids: tokens committed by the cycle.
+        cycle: the cycle itself.
+        finish_reason: set on the last chunk.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    cycle: CycleEvent
+    finish_reason: FinishReason | None = None
+
+
+@attrs.frozen
+class GenerationResult:
+    """A finished text.
+
+    Attributes:
+        text: without end-of-sequence token and stop string.
+        token_ids: every token emitted, the one that ended the text included.
+        finish_reason: ``stop`` (end-of-sequence or a stop string), ``length`` or ``cancelled``.
+        stats: counts and rates.
+        seed: the seed in use.
+        pipeline: names of target, adapter, drafter, verifier, acceptance, rollback, width.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    stats: GenerationStats
+    seed: int
+    pipeline: dict[str, str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, as the command line prints it."""
+        stats = self.stats
+        return {
+            "text": self.text,
+            "token_ids": list(self.token_ids),
+            "prompt_tokens": stats.prompt_tokens,
+            "generated_tokens": stats.generated_tokens,
+            "finish_reason": self.finish_reason,
+            "cycles": stats.cycles,
+            "acceptance_length": stats.acceptance_length,
+            "acceptance_rate": stats.acceptance_rate,
+            "accepted_by_position": stats.rate_by_position,
+            "prefill_seconds": stats.prefill_seconds,
+            "decode_seconds": stats.decode_seconds,
+            "decode_tokens_per_second": stats.decode_tokens_per_second,
+            "fell_back": stats.fell_back,
+            "seed": self.seed,
+            "pipeline": self.pipeline,
+        }
+
+
+class Pipeline:
+    """A target, a drafter and the rest, ready to generate. Made by `PipelineBuilder.build`.
+
+    Attributes:
+        spec: what it was built from, defaults filled in.
+        graph: the cycle.
+        target: what the target is.
+        tokenizer: mlx-lm's TokenizerWrapper; None for a target without one.
+        sampling: default sampling parameters.
+        names: names of target, adapter, drafter, verifier, acceptance, rollback, width.
+    """
+
+    def __init__(
+        self,
+        spec: PipelineSpec,
+        parts: EngineParts,
+        tokenizer: Any,
+        sampling: SamplingParams,
+        names: dict[str, str],
+    ) -> None:
+        self.spec = spec
+        self.tokenizer = tokenizer
+        self.sampling = sampling
+        self.names = names
+        self._parts = parts
+
+    @property
+    def graph(self) -> Graph:
+        """The cycle as a graph."""
+        return self._parts.graph
+
+    @property
+    def target(self) -> TargetInfo:
+        """What the target is."""
+        return self._parts.target.info
+
+    @property
+    def model(self) -> Any:
+        """The target's module, as mlx-lm loaded it (with taps in place until `close`)."""
+        return self._parts.target.model
+
+    def describe(self) -> str:
+        """The pipeline as text."""
+        return self.graph.describe()
+
+    def encode(self, prompt: Prompt, thinking: bool | None = None) -> tuple[int, ...]:
+        """Token ids of a prompt: text as mlx-lm encodes it, messages through the chat template.
+
+        Raises:
+            UsageError: an empty prompt, or text for a target without a tokenizer.
+        """
+        if isinstance(prompt, str):
+            ids = self._encode_text(prompt)
+        elif prompt and isinstance(prompt[0], dict):
+            ids = self._encode_chat(prompt, thinking)
+        else:
+            ids = tuple(int(t) for t in prompt)  # type: ignore[arg-type]
+        if not ids:
+            raise UsageError("the prompt is empty", "give at least one token")
+        return ids
+
+    def _encode_text(self, text: str) -> tuple[int, ...]:
+        tokenizer = self._need_tokenizer()
+        bos = tokenizer.bos_token
+        special = bos is None or not text.startswith(bos)
+        return tuple(tokenizer.encode(text, add_special_tokens=special))
+
+    def _encode_chat(self, messages: Any, thinking: bool | None) -> tuple[int, ...]:
+        tokenizer = self._need_tokenizer()
+        if not tokenizer.has_chat_template:
+            raise UsageError("this target has no chat template", "give the prompt as text")
+        switch = {} if thinking is None else {"enable_thinking": thinking}
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **switch)
+        return tuple(ids)
+
+    def _need_tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise UsageError("this target has no tokenizer", "give token ids")
+        return self.tokenizer
+
+    def generate(self, prompt: Prompt, **options: Unpack[OptionNames]) -> GenerationResult:
+        """Generate a text.
+
+        Args:
+            prompt: text, token ids, or chat messages.
+            **options: fields of `GenerateOptions`.
+
+        Returns:
+            The text, its tokens, and how the drafting went.
+
+        Raises:
+            UsageError: a prompt or an option that cannot be honoured.
+            GenerationError: the target failed; carries the tokens so far.
+        """
+        stream = self.stream(prompt, **options)
+        chunks = list(stream)
+        return GenerationResult(
+            text="".join(c.text for c in chunks),
+            token_ids=tuple(t for c in chunks for t in c.token_ids),
+            finish_reason=chunks[-1].finish_reason or "length",
+            stats=stream.stats,
+            seed=stream.seed,
+            pipeline=stream.names,
+        )
+
+    def stream(self, prompt: Prompt, **options: Unpack[OptionNames]) -> TextGeneration:
+        """Generate a text cycle by cycle: an iterator of `Chunk`. Arguments as `generate`."""
+        given = GenerateOptions(**options)  # type: ignore[arg-type]
+        return TextGeneration(self, self.encode(prompt, given.thinking), given)
+
+    def engine(self, prompt: tuple[int, ...], options: GenerateOptions) -> Engine:
+        """A decode loop over token ids, for those who want no text."""
+        eos = getattr(self.tokenizer, "eos_token_ids", None) or ()
+        request = EngineRequest(
+            prompt=prompt,
+            max_tokens=options.max_tokens,
+            sampling=options.sampling(self.sampling),
+            eos_token_ids=frozenset(() if options.ignore_eos else eos),
+            prefill_chunk=options.prefill_chunk,
+            cache=options.cache,
+            cancelled=options.cancelled,
+            on_prefill=options.on_prefill,
+        )
+        return Engine(self._parts, request)
+
+    def close(self) -> None:
+        """Undo what adapters did to the model. The pipeline cannot be used afterwards."""
+        self._parts.target.close()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+class TextGeneration(Iterator[Chunk]):
+    """One text on its way: an iterator of `Chunk`.
+
+    Attributes:
+        stats: counts so far.
+        seed: the seed in use.
+        cache: the target's caches; at the end they hold every token of the text but the last.
+    """
+
+    def __init__(
+        self, pipeline: Pipeline, prompt: tuple[int, ...], options: GenerateOptions
+    ) -> None:
+        self._pipeline = pipeline
+        self._options = options
+        self._text: TextStream | None = None
+        if pipeline.tokenizer is not None:
+            self._text = TextStream(pipeline.tokenizer, options.stop)
+        elif options.stop:
+            raise UsageError("stop strings need a tokenizer", "this target has none")
+        self._engine = pipeline.engine(prompt, options)
+        self._chunks = self._run()
+
+    @property
+    def stats(self) -> GenerationStats:
+        """Counts so far."""
+        return self._engine.stats
+
+    @property
+    def seed(self) -> int:
+        """The seed in use."""
+        return self._engine.sampling.seed
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The pipeline's component names, with the acceptance policy that serves this request."""
+        return {**self._pipeline.names, "acceptance": self._engine.acceptance.info.name}
+
+    @property
+    def cache(self) -> list[Any]:
+        """The target's caches."""
+        return self._engine.cache
+
+    def __next__(self) -> Chunk:
+        return next(self._chunks)
+
+    def close(self) -> None:
+        """Stop here. The caches hold what was handed out."""
+        self._chunks.close()
+
+    def _run(self) -> Iterator[Any]:
+        engine, eos = self._engine, getattr(self._pipeline.tokenizer, "eos_token_ids", ())
+        on_cycle = self._options.on_cycle or (lambda event: None)
+        try:
+            with wired_limit(self._pipeline.model):
+                for event in engine.cycles():
+                    chunk = self._chunk(event, eos)
+                    on_cycle(attrs.evolve(event, token_ids=chunk.token_ids))
+                    yield chunk
+                    if chunk.finish_reason is not None:
+                        return
+        finally:
+            engine.finish()
+
+    def _chunk(self, event: CycleEvent, eos: Any) -> Chunk:
+        reason, text = event.finish_reason, ""
+        if self._text is None:
+            return Chunk("", event.token_ids, event, reason)
+        for count, token in enumerate(event.token_ids, start=1):
+            if reason == "stop" and count == len(event.token_ids) and token in eos:
+                break
+            piece, stopped = self._text.push(token)
+            text += piece
+            if stopped:
+                self._engine.cut(count)
+                return Chunk(text, event.token_ids[:count], event, "stop")
+        if reason is not None:
+            text += self._text.finish()
+        return Chunk(text, event.token_ids, event, reason)

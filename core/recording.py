@@ -1,0 +1,76 @@
+"""A recurrent layer's cache during verify: it records, and leaves the cache itself untouched.
+
+The rollback hands the verify pass this stand-in; a layer that can record writes its updates to
+it; committing reads them. The cache is written once, by the commit, so that there is nothing to
+undo when a cycle is aborted.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+
+__all__ = ["RecordingEntry"]
+
+
+class RecordingEntry:
+    """Stands in for an mlx-lm `ArraysCache` while a block is verified.
+
+    The layer sees working slots that begin as the cache's own and follow every token it runs, and
+    calls `record` once a pass.
+
+    Args:
+        entry: the cache it stands in for; only read.
+
+    Attributes:
+        slots: the working slots, as the cache's `cache` list.
+        tapes: what the layer recorded, one item a pass, in order.
+        windows: input of the short convolution of each pass, [B, W + T, C]: the W values before
+            the pass and the T of the pass.
+    """
+
+    def __init__(self, entry: Any) -> None:
+        self._entry = entry
+        self.slots: list[Any] = list(entry.cache)
+        self.tapes: list[Any] = []
+        self.windows: list[mx.array] = []
+
+    def record(self, tape: Any, window: mx.array) -> None:
+        """Keep what one pass did to the state.
+
+        Args:
+            tape: per-token updates, of a kind that the rollback of this layer can replay.
+            window: [B, W + T, C].
+        """
+        self.tapes.append(tape)
+        self.windows.append(window)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.slots[index]
+
+    def __setitem__(self, index: int, value: Any) -> None:
+        self.slots[index] = value
+
+    @property
+    def lengths(self) -> Any:
+        """Per-row lengths of a padded batch, as the cache has them."""
+        return self._entry.lengths
+
+    @property
+    def state(self) -> Any:
+        """The working slots, for evaluation."""
+        return self.slots
+
+    def make_mask(self, tokens: int) -> mx.array | None:
+        """The padding mask of the cache: [B, T] bool or None."""
+        return self._entry.make_mask(tokens)
+
+    def advance(self, tokens: int) -> None:
+        """A layer has run `tokens` tokens.
+
+        Raises:
+            ValueError: the cache pads its rows; padded rows cannot be verified.
+        """
+        if self._entry.lengths is not None or self._entry.left_padding is not None:
+            raise ValueError("a padded batch cannot be verified with a recorded tape")

@@ -1,0 +1,147 @@
+"""The DFlash network: decoder layers whose keys are the context's features and the block itself.
+
+Context rows are ``H = RMSNorm(fc(taps))``; every layer projects them with the same k and v
+weights as its own block. Only context keys and values are cached, at the absolute positions of
+the committed tokens; those of a block are used once.
+
+Source: arXiv 2602.06036, section 3; the public checkpoints.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import KVCache
+from mlx_lm.models.rope_utils import initialize_rope
+
+from .config import DFlashConfig
+
+__all__ = ["DFlashModel"]
+
+
+class _Attention(nn.Module):
+    def __init__(self, config: DFlashConfig, sliding: bool) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_heads, config.num_kv_heads, config.head_dim,
+        )  # fmt: skip
+        self.scale = config.head_dim**-0.5
+        self.window = config.sliding_window if sliding else None
+        self.causal = sliding if config.is_causal is None else config.is_causal
+        size = config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.num_heads * size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, config.num_kv_heads * size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_kv_heads * size, bias=False)
+        self.o_proj = nn.Linear(config.num_heads * size, config.hidden_size, bias=False)
+        self.q_norm = nn.RMSNorm(size, eps=config.rms_norm_eps)
+        self.k_norm = nn.RMSNorm(size, eps=config.rms_norm_eps)
+        self.rope = initialize_rope(
+            size,
+            base=config.rope_theta,
+            traditional=False,
+            scaling_config=dict(config.rope_scaling) if config.rope_scaling else None,
+            max_position_embeddings=config.max_positions,
+        )
+
+    def _split(self, x: mx.array, heads: int) -> mx.array:
+        """[B, T, heads * size] -> [B, heads, T, size]."""
+        rows, tokens, _ = x.shape
+        return x.reshape(rows, tokens, heads, self.head_dim).transpose(0, 2, 1, 3)
+
+    def keys_values(self, x: mx.array, position: int) -> tuple[mx.array, mx.array]:
+        """Keys and values [B, Hkv, T, size] of rows [B, T, D] from an absolute position on."""
+        rows, tokens, _ = x.shape
+        keys = self.k_norm(self.k_proj(x).reshape(rows, tokens, self.kv_heads, self.head_dim))
+        keys = self.rope(keys.transpose(0, 2, 1, 3), offset=position)
+        return keys, self._split(self.v_proj(x), self.kv_heads)
+
+    def __call__(self, x: mx.array, cache: KVCache, position: int) -> mx.array:
+        """Block [B, T, D] at `position`, over the context in the cache and itself."""
+        rows, tokens, _ = x.shape
+        queries = self.q_norm(self.q_proj(x).reshape(rows, tokens, self.heads, self.head_dim))
+        queries = self.rope(queries.transpose(0, 2, 1, 3), offset=position)
+        keys, values = self.keys_values(x, position)
+        if cache.offset:
+            before_keys, before_values = cache.keys_and_values()
+            keys = mx.concatenate([before_keys, keys], axis=2)
+            values = mx.concatenate([before_values, values], axis=2)
+        output = mx.fast.scaled_dot_product_attention(
+            queries, keys, values, scale=self.scale, mask=self._mask(tokens, cache.offset)
+        )
+        return self.o_proj(output.transpose(0, 2, 1, 3).reshape(rows, tokens, -1))
+
+    def _mask(self, tokens: int, context: int) -> mx.array | None:
+        """Which keys [T, context + T] a query may see; None is all."""
+        windowed = self.window is not None and context + tokens > self.window
+        if not self.causal and not windowed:
+            return None
+        query = context + mx.arange(tokens)[:, None]
+        key = mx.arange(context + tokens)[None]
+        mask = mx.ones((tokens, context + tokens), dtype=mx.bool_)
+        if windowed:
+            mask = mask & ((query - key < self.window) | (key >= context))
+        if self.causal:
+            mask = mask & (key <= query)
+        return mask
+
+
+class _MLP(nn.Module):
+    def __init__(self, config: DFlashConfig) -> None:
+        super().__init__()
+        size, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(size, inner, bias=False)
+        self.up_proj = nn.Linear(size, inner, bias=False)
+        self.down_proj = nn.Linear(inner, size, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class _Layer(nn.Module):
+    def __init__(self, config: DFlashConfig, kind: str) -> None:
+        super().__init__()
+        self.self_attn = _Attention(config, sliding=kind == "sliding_attention")
+        self.mlp = _MLP(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def __call__(self, x: mx.array, cache: KVCache, position: int) -> mx.array:
+        h = x + self.self_attn(self.input_layernorm(x), cache, position)
+        return h + self.mlp(self.post_attention_layernorm(h))
+
+
+class DFlashModel(nn.Module):
+    """The network, without embedding and head: those are the target's.
+
+    Tensor names are those of the z-lab checkpoints.
+    """
+
+    def __init__(self, config: DFlashConfig) -> None:
+        super().__init__()
+        self.fc = nn.Linear(
+            len(config.tap_layers) * config.hidden_size, config.hidden_size, bias=False
+        )
+        self.hidden_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.layers = [_Layer(config, kind) for kind in config.layer_types]
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def make_cache(self) -> list[KVCache]:
+        """Empty context caches, one a layer."""
+        return [KVCache() for _ in self.layers]
+
+    def extend(self, features: mx.array, cache: list[KVCache]) -> None:
+        """Append context rows for features [B, T, F] of committed tokens to the caches."""
+        context = self.hidden_norm(self.fc(features))
+        layer: Any
+        for layer, entry in zip(self.layers, cache, strict=True):
+            keys, values = layer.self_attn.keys_values(context, entry.offset)
+            entry.update_and_fetch(keys, values)
+
+    def __call__(self, embeddings: mx.array, cache: list[KVCache]) -> mx.array:
+        """Normed hidden states [B, T, D] of a block's embeddings [B, T, D]."""
+        h = embeddings
+        for layer, entry in zip(self.layers, cache, strict=True):
+            h = layer(h, entry, entry.offset)
+        return self.norm(h)

@@ -1,0 +1,29 @@
+"""The built-in verifiers, acceptance policies and width policies."""
+
+from __future__ import annotations
+
+from draftloom.hookspecs import Register, hookimpl
+
+__all__ = ["register_acceptance_policies", "register_verifiers", "register_width_policies"]
+
+
+@hookimpl
+def register_verifiers(register: Register) -> None:
+    """block, sequential."""
+    register("block", "draftloom.verifiers.block:BlockVerifier")
+    register("sequential", "draftloom.verifiers.sequential:SequentialVerifier")
+
+
+@hookimpl
+def register_acceptance_policies(register: Register) -> None:
+    """auto, greedy, speculative-sampling."""
+    package = "draftloom.verifiers.acceptance"
+    register("auto", f"{package}.auto:AutoAcceptance")
+    register("greedy", f"{package}.greedy:GreedyAcceptance")
+    register("speculative-sampling", f"{package}.speculative_sampling:SpeculativeSampling")
+
+
+@hookimpl
+def register_width_policies(register: Register) -> None:
+    """fixed."""
+    register("fixed", "draftloom.verifiers.width.fixed:FixedWidth")

@@ -1,0 +1,1 @@
+"""Width policies: how much to draft and to verify each cycle."""
