@@ -1,9 +1,27 @@
 """The gated delta rule with a tape: verify a block, replay an accepted prefix, prefill a prompt.
 
-Importing this package compiles nothing; kernels are built at their first use.
+Importing this package compiles nothing: a kernel is compiled at its first launch.
+
+- :func:`verify` runs a block and records a :class:`Tape`.
+- :func:`replay` brings the old state forward by the accepted part of a tape.
+- :func:`replay_verify` does both at once: one launch a layer and cycle.
+- :func:`prefill` runs a prompt.
+- :func:`choose` says which implementation serves a request, and why.
 """
 
-from .array import prefill, replay, verify
+from .dispatch import IMPLEMENTATIONS, Choice, choose, prefill, replay, replay_verify, verify
+from .launch import Request
 from .tape import Tape, concat_tapes
 
-__all__ = ["Tape", "concat_tapes", "prefill", "replay", "verify"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "Choice",
+    "Request",
+    "Tape",
+    "choose",
+    "concat_tapes",
+    "prefill",
+    "replay",
+    "replay_verify",
+    "verify",
+]

@@ -1,12 +1,13 @@
 """The gated delta rule in array code, token by token, in mlx-lm's own order of operations.
 
-This is the version that runs where no kernel does. Every operation and its order are those of mlx-lm's
-``gated_delta_ops`` (0.32.2), so that on the CPU outputs and states equal mlx-lm's bit for bit, and so does a state
-rebuilt by :func:`replay`. The faster chunked order, with a tolerance, is in :mod:`draftloom.kernels.gated_delta.chunked`.
+This is the version that runs where no kernel does. Every operation and its order are those of
+mlx-lm's ``gated_delta_ops`` (0.32.2), so that on the CPU outputs and states equal mlx-lm's bit for
+bit, and so does a state rebuilt by :func:`replay`. The faster chunked order, with a tolerance, is
+in :mod:`draftloom.kernels.gated_delta.chunked`.
 
-Shapes, here and in the other modules of this package: B rows, T tokens, Hk key heads, Hv value heads (a multiple of
-Hk), Dk and Dv the sizes of a key and of a value. ``q`` is already scaled, ``q`` and ``k`` normalised, ``g`` already
-exponentiated.
+Shapes, here and in the other modules of this package: B rows, T tokens, Hk key heads, Hv value
+heads (a multiple of Hk), Dk and Dv the sizes of a key and of a value. ``q`` is already scaled,
+``q`` and ``k`` normalised, ``g`` already exponentiated.
 """
 
 import mlx.core as mx
@@ -35,7 +36,13 @@ def _keep(mask: mx.array, new: mx.array, old: mx.array) -> mx.array:
 
 
 def verify(
-    q: mx.array, k: mx.array, v: mx.array, g: mx.array, beta: mx.array, state: mx.array, mask: mx.array | None = None
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    g: mx.array,
+    beta: mx.array,
+    state: mx.array,
+    mask: mx.array | None = None,
 ) -> tuple[mx.array, Tape, mx.array]:
     """Run T tokens and record the tape.
 
@@ -46,7 +53,8 @@ def verify(
         g: [B, T, Hv] decays.
         beta: [B, T, Hv] write strengths.
         state: [B, Hv, Dv, Dk] float32, left as it is.
-        mask: [B, T] bool or None; a token with False leaves the state alone, and its row of y means nothing.
+        mask: [B, T] bool or None; a token with False leaves the state alone, and its row of y means
+            nothing.
 
     Returns:
         y [B, T, Hv, Dv] in q's dtype, the tape, and the state after all T tokens.
@@ -87,7 +95,8 @@ def replay(state: mx.array, tape: Tape, n: int | mx.array) -> mx.array:
         [B, Hv, Dv, Dk] float32.
 
     Raises:
-        ValueError: if ``n`` is a number outside 0..T (counts in an array are not read, and so not checked).
+        ValueError: if ``n`` is a number outside 0..T (counts in an array are not read, and so not
+            checked).
     """
     per_row = isinstance(n, mx.array)
     if not per_row and not 0 <= n <= tape.length:
@@ -100,8 +109,16 @@ def replay(state: mx.array, tape: Tape, n: int | mx.array) -> mx.array:
 
 
 def prefill(
-    q: mx.array, k: mx.array, v: mx.array, g: mx.array, beta: mx.array, state: mx.array, mask: mx.array | None = None
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    g: mx.array,
+    beta: mx.array,
+    state: mx.array,
+    mask: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
-    """Run T tokens without a tape: arguments and order as :func:`verify`. Returns y and the state after T tokens."""
+    """Run T tokens without a tape: arguments and order as :func:`verify`. Returns y and the state
+    after T tokens.
+    """
     y, _, state = verify(q, k, v, g, beta, state, mask)
     return y, state

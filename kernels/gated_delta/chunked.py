@@ -1,11 +1,14 @@
-"""The gated delta rule a chunk of tokens at a time: matrix products instead of a token loop, and differentiable.
+"""The gated delta rule a chunk of tokens at a time: matrix products instead of a token loop, and
+differentiable.
 
-Inside a chunk the innovations solve a unit lower triangular system; between chunks the state moves on by one matrix
-product. It is another order of operations than mlx-lm's, so it has a tolerance (below) and is chosen knowingly.
+Inside a chunk the innovations solve a unit lower triangular system; between chunks the state moves
+on by one matrix product. It is another order of operations than mlx-lm's, so it has a tolerance
+(below) and is chosen knowingly.
 
-Numerics: the triangular matrix is inverted only in blocks of 16 rows, where doubling is exact after four factors;
-blocks follow one another by substitution. Doubling over a whole chunk of 64 overflows float32 when keys are
-correlated. Against the sequential rule: about 1e-6 on random keys, 2.5e-4 on nearly parallel keys with beta near 1.
+Numerics: the triangular matrix is inverted only in blocks of 16 rows, where doubling is exact after
+four factors; blocks follow one another by substitution. Doubling over a whole chunk of 64 overflows
+float32 when keys are correlated. Against the sequential rule: about 1e-6 on random keys, 2.5e-4 on
+nearly parallel keys with beta near 1 (more where matrix products run in TF32, MLX-CUDA's default).
 """
 
 import mlx.core as mx
@@ -107,15 +110,20 @@ def _unfold(x: mx.array, tokens: int) -> mx.array:
 def _chunks(
     q: mx.array, k: mx.array, v: mx.array, c: mx.array, beta: mx.array, state: mx.array
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """All chunks of [B, H, chunks, C, D]; c is the running sum of log decays within a chunk [B, H, chunks, C]."""
+    """All chunks of [B, H, chunks, C, D]; c is the running sum of log decays within a chunk [B, H,
+    chunks, C].
+    """
     size = c.shape[-1]
     lower = mx.tril(mx.ones((size, size), dtype=mx.bool_))
-    # The mask goes inside the exponential: above the diagonal it would overflow, and spoil the gradient.
+    # The mask goes inside the exponential: above the diagonal it would overflow, and spoil the
+    # gradient.
     gaps = mx.exp(mx.where(lower, c[..., :, None] - c[..., None, :], -mx.inf))
     keys_t = k.swapaxes(-1, -2)
     coupling = -mx.tril(beta[..., None] * (k @ keys_t) * gaps, -1)
     grown = mx.exp(c)[..., None]
-    solved = _solve(coupling, mx.concatenate([beta[..., None] * v, beta[..., None] * grown * k], axis=-1))
+    solved = _solve(
+        coupling, mx.concatenate([beta[..., None] * v, beta[..., None] * grown * k], axis=-1)
+    )
     u, w = mx.split(solved, [v.shape[-1]], axis=-1)
     attention = (q @ keys_t) * gaps
     q_grown = q * grown
@@ -135,7 +143,11 @@ def _solve(coupling: mx.array, right: mx.array) -> mx.array:
     """X with (I - N) X = right, for strictly lower N [..., C, C], in blocks of 16 rows."""
     blocks = coupling.shape[-1] // BLOCK
     diagonal = mx.stack(
-        [coupling[..., i * BLOCK : (i + 1) * BLOCK, i * BLOCK : (i + 1) * BLOCK] for i in range(blocks)], axis=-3
+        [
+            coupling[..., i * BLOCK : (i + 1) * BLOCK, i * BLOCK : (i + 1) * BLOCK]
+            for i in range(blocks)
+        ],
+        axis=-3,
     )
     inverse, power = mx.eye(BLOCK) + diagonal, diagonal
     for _ in range(3):

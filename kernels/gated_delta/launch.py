@@ -107,14 +107,16 @@ class Backend:
     prelude: str
 
     def kernel(self, variant: Variant) -> Callable[..., list[mx.array]]:
-        """The kernel of a variant; compiled by MLX at its first launch for each set of template values."""
+        """The kernel of a variant; compiled by MLX at its first launch for each set of template
+        values.
+        """
         return _build(self, variant)
 
     def kernel_name(self, variant: Variant) -> str:
         """The variant's name with a digest of its source.
 
-        MLX's CUDA backend keeps compiled kernels on disk under their name and template values alone, so a changed
-        source needs a changed name.
+        MLX's CUDA backend keeps compiled kernels on disk under their name and template values
+        alone, so a changed source needs a changed name.
         """
         digest = hashlib.sha256((self.prelude + variant.source).encode()).hexdigest()
         return f"{variant.name}_{digest[:12]}"
@@ -132,8 +134,12 @@ def _build(backend: Backend, variant: Variant) -> Callable[..., list[mx.array]]:
 
 
 @lru_cache(maxsize=256)
-def _template(dtypes: tuple[mx.Dtype, ...], sizes: tuple[int, ...], geometry: Geometry) -> list[tuple[str, Any]]:
-    """Template values. Every input dtype is among them: MLX-CUDA tells kernels apart by name and template alone."""
+def _template(
+    dtypes: tuple[mx.Dtype, ...], sizes: tuple[int, ...], geometry: Geometry
+) -> list[tuple[str, Any]]:
+    """Template values. Every input dtype is among them: MLX-CUDA tells kernels apart by name and
+    template alone.
+    """
     key_heads, value_heads, key_size, value_size = sizes
     named = [("QT", dtypes[0])] + [(f"IN{i}", dtype) for i, dtype in enumerate(dtypes[1:])]
     return [
@@ -156,7 +162,8 @@ class Launcher:
     Attributes:
         backend: who compiles.
         geometry: a fixed geometry, or None for :func:`geometry_for`.
-        poison: fill outputs with this value first (tests find unwritten elements so); None leaves them as allocated.
+        poison: fill outputs with this value first (tests find unwritten elements so); None leaves
+            them as allocated.
     """
 
     backend: Backend
@@ -196,7 +203,9 @@ class Launcher:
         return out["y"], out["state_out"]
 
     def replay(self, state: mx.array, tape: Tape, n: int | mx.array) -> mx.array:
-        """Bring a state forward by n entries; bit-equal to the state :meth:`verify` had after n tokens."""
+        """Bring a state forward by n entries; bit-equal to the state :meth:`verify` had after n
+        tokens.
+        """
         out = self._run(Variant(replay=True, middle=True), state, tape=(tape, n))
         return out["state_middle"]
 
@@ -221,10 +230,16 @@ class Launcher:
             write_state: whether to write the state after the block too.
 
         Returns:
-            y, this cycle's tape, the state between (what the new tape was recorded on), the state after or None.
+            y, this cycle's tape, the state between (what the new tape was recorded on), the state
+            after or None.
         """
         variant = Variant(
-            replay=True, block=True, tape=True, masked=mask is not None, middle=True, end=write_state
+            replay=True,
+            block=True,
+            tape=True,
+            masked=mask is not None,
+            middle=True,
+            end=write_state,
         )
         out = self._run(variant, state, block=block, mask=mask, tape=(previous, n))
         tape = _tape(out["delta_out"], block[1], block[3], mask)
@@ -250,12 +265,17 @@ class Launcher:
         tokens = block[4].shape[1] if block else tape[0].length
         geometry = self.geometry or geometry_for(key_size, tokens)
         y_type = block[0].dtype if block else mx.float32
-        shapes = {"y": (rows, tokens, value_heads, value_size), "delta_out": (rows, tokens, value_heads, value_size)}
+        shapes = {
+            "y": (rows, tokens, value_heads, value_size),
+            "delta_out": (rows, tokens, value_heads, value_size),
+        }
         names = variant.outputs
         outputs = self.backend.kernel(variant)(
             inputs=inputs,
             template=_template(
-                (y_type, *(x.dtype for x in inputs)), (key_heads, value_heads, key_size, value_size), geometry
+                (y_type, *(x.dtype for x in inputs)),
+                (key_heads, value_heads, key_size, value_size),
+                geometry,
             ),
             grid=(32, value_size // geometry.threadgroup_rows * geometry.simds, rows * value_heads),
             threadgroup=(32, geometry.simds, 1),

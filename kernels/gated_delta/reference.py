@@ -27,7 +27,13 @@ class Run:
 
 
 def run(
-    q: mx.array, k: mx.array, v: mx.array, g: mx.array, beta: mx.array, state: mx.array, mask: mx.array | None = None
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    g: mx.array,
+    beta: mx.array,
+    state: mx.array,
+    mask: mx.array | None = None,
 ) -> Run:
     """Run T tokens in float32.
 
@@ -81,5 +87,7 @@ def replay(state: mx.array, tape: Tape, n: int) -> mx.array:
 
 
 def _times(matrix: mx.array, vector: mx.array) -> mx.array:
-    """[..., Dv, Dk] times [..., Dk], summed without a matrix product (which some GPUs round to TF32)."""
+    """[..., Dv, Dk] times [..., Dk], summed without a matrix product (which some GPUs round to
+    TF32).
+    """
     return (matrix * vector[..., None, :]).sum(axis=-1)

@@ -1,8 +1,10 @@
-"""The tape: what a verify pass records so that any prefix of its tokens can be replayed onto the old state.
+"""The tape: what a verify pass records so that any prefix of its tokens can be replayed onto the
+old state.
 
-The gated delta rule updates the state of a head by ``S <- g_t S + delta_t k_t^T``. Everything about token t that
-needs the state is in the vector delta_t (the innovation); with it, replaying is two cheap operations a token and
-needs neither queries nor values. A tape holds O(T) vectors a layer where keeping states would hold O(T) matrices.
+The gated delta rule updates the state of a head by ``S <- g_t S + delta_t k_t^T``. Everything about
+token t that needs the state is in the vector delta_t (the innovation); with it, replaying is two
+cheap operations a token and needs neither queries nor values. A tape holds O(T) vectors a layer
+where keeping states would hold O(T) matrices.
 """
 
 from collections.abc import Sequence
@@ -17,7 +19,8 @@ __all__ = ["Tape", "concat_tapes"]
 class Tape:
     """Innovations, keys and decays of T tokens of one layer.
 
-    A token that the verify mask left out has delta 0, key 0 and g 1, so that replaying it changes nothing.
+    A token that the verify mask left out has delta 0, key 0 and g 1, so that replaying it changes
+    nothing.
 
     Attributes:
         delta: [B, T, Hv, Dv] float32, the innovations ``(v - S k) * beta``.

@@ -1,7 +1,9 @@
-"""Runs a Metal kernel body on the CPU: compiles the very source as C++ and executes it lane by lane.
+"""Runs a Metal kernel body on the CPU: compiles the very source as C++ and executes it lane by
+lane.
 
-``Emulator`` has the calling convention of ``mx.fast.metal_kernel``, so it can be handed to the same launcher; what it
-compiles is the header and the source it was given, inside the signature that MLX would generate.
+``Emulator`` has the calling convention of ``mx.fast.metal_kernel``, so it can be handed to the same
+launcher; what it compiles is the header and the source it was given, inside the signature that MLX
+would generate.
 """
 
 import ctypes
@@ -53,7 +55,9 @@ static void enter() {
   ++shim::machine.progress;
 }
 
-extern "C" long threadgroup_bytes() { return __stop_threadgroup_memory - __start_threadgroup_memory; }
+extern "C" long threadgroup_bytes() {
+  return __stop_threadgroup_memory - __start_threadgroup_memory;
+}
 
 extern "C" const char* run(void** buffers, const uint* groups, const uint* threads) {
   g_buffers = buffers;
@@ -89,10 +93,14 @@ extern "C" const char* run(void** buffers, const uint* groups, const uint* threa
         swapcontext(&machine.main, &lane.context);
         if (machine.error) return machine.error;
       }
-      if (running && machine.progress == before) return "lanes wait for an operation that others never reach";
+      if (running && machine.progress == before) {
+        return "lanes wait for an operation that others never reach";
+      }
     }
     for (auto& lane : machine.lanes) {
-      if (lane.barriers != machine.lanes[0].barriers) return "a barrier was reached by some lanes only";
+      if (lane.barriers != machine.lanes[0].barriers) {
+        return "a barrier was reached by some lanes only";
+      }
     }
   }
   return nullptr;
@@ -123,7 +131,9 @@ class Emulator:
         source: str,
         header: str = "",
     ) -> Callable[..., list[mx.array]]:
-        """A kernel with MLX's calling convention; compiled at its first launch per dtype and template values."""
+        """A kernel with MLX's calling convention; compiled at its first launch per dtype and
+        template values.
+        """
 
         def launch(
             *,
@@ -135,7 +145,8 @@ class Emulator:
             template: Sequence[tuple[str, Any]] = (),
             init_value: float | None = None,
         ) -> list[mx.array]:
-            names = list(zip([*input_names, *output_names], [x.dtype for x in inputs] + list(output_dtypes)))
+            dtypes = [*(x.dtype for x in inputs), *output_dtypes]
+            names = list(zip([*input_names, *output_names], dtypes, strict=True))
             text = _program(header, source, names, len(input_names), template)
             library = self._compile(name, text)
             held = [_guarded(_bytes(x)) for x in inputs]
@@ -151,7 +162,9 @@ class Emulator:
             _execute(library, [*held, *outputs, *shapes], grid, threadgroup)
             return [
                 _array(_unguarded(raw, n), shape, dtype)
-                for raw, n, shape, dtype in zip(outputs, output_names, output_shapes, output_dtypes, strict=True)
+                for raw, n, shape, dtype in zip(
+                    outputs, output_names, output_shapes, output_dtypes, strict=True
+                )
             ]
 
         return launch
@@ -201,7 +214,8 @@ def _program(
             "struct Positions {" + " ".join(fields) + "};",
             header,
             f"static void kernel_body({', '.join(parameters)}) {{\n{values}\n{source}\n}}",
-            f"static void call_kernel(void** b, const Positions& p) {{ kernel_body({', '.join(arguments)}); }}",
+            "static void call_kernel(void** b, const Positions& p) {",
+            f"  kernel_body({', '.join(arguments)});\n}}",
             _DRIVER,
         ]
     )
@@ -227,8 +241,12 @@ def _execute(
     library.threadgroup_bytes.restype = ctypes.c_long
     used = library.threadgroup_bytes()
     if used > METAL_THREADGROUP_BYTES:
-        raise EmulationError(f"{used} bytes of threadgroup memory; Metal has {METAL_THREADGROUP_BYTES}")
-    pointers = (ctypes.c_void_p * len(buffers))(*(ctypes.addressof(raw) + _GUARD for raw in buffers))
+        raise EmulationError(
+            f"{used} bytes of threadgroup memory; Metal has {METAL_THREADGROUP_BYTES}"
+        )
+    pointers = (ctypes.c_void_p * len(buffers))(
+        *(ctypes.addressof(raw) + _GUARD for raw in buffers)
+    )
     groups = (ctypes.c_uint * 3)(*(n // t for n, t in zip(grid, threadgroup, strict=True)))
     library.run.restype = ctypes.c_char_p
     error = library.run(pointers, groups, (ctypes.c_uint * 3)(*threadgroup))

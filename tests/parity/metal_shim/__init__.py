@@ -1,0 +1,1 @@
+"""Runs Metal kernel bodies on the CPU; see emulator.py."""
