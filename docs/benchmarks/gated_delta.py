@@ -1,4 +1,4 @@
-"""Times the gated delta kernels: ``python docs/benchmarks/gated_delta.py OUT.json [--sweep]``.
+"""Times the gated delta kernels: ``python docs/benchmarks/gated_delta.py OUT.json``.
 
 Shape of Qwen3.5-4B: 16 key heads, 32 value heads, 128 x 128, bfloat16, one row. A time is that of
 one launch among many evaluated together (wall time of the evaluation over the number of launches;
@@ -8,6 +8,7 @@ states, as a model does.
 """
 
 import argparse
+import csv
 import json
 import platform
 import statistics
@@ -19,8 +20,9 @@ from pathlib import Path
 import mlx.core as mx
 from mlx_lm.models.gated_delta import gated_delta_ops
 
-from draftloom.kernels.gated_delta import chunked, cuda, metal, reference
-from draftloom.kernels.gated_delta.launch import Backend, Geometry, Launcher
+from draftloom.kernels.gated_delta import Tape, chunked, cuda, metal, reference, row_counts
+from draftloom.kernels.gated_delta.launch import Backend, Geometry, Launcher, geometry_for
+from draftloom.kernels.gated_delta.source import Variant
 
 KEY_HEADS, VALUE_HEADS, SIZE, LAYERS = 16, 32, 128, 24
 
@@ -187,7 +189,7 @@ def blocks(launcher: Launcher) -> dict[str, dict[str, float]]:
         *block, state = inputs(tokens)
         _, tape, _ = launcher.verify(*block, state)
         mx.eval(tape.delta)
-        counts = mx.array([max(tokens // 2, 1)])
+        counts = row_counts(max(tokens // 2, 1), 1)
 
         def verify(s, block=block):
             y, tape, end = launcher.verify(*block, s)
@@ -270,60 +272,119 @@ def errors(launcher: Launcher) -> dict[str, float]:
     return found
 
 
-def sweep() -> dict[str, dict[str, float]]:
-    """Geometries, on T = 16 with tape and T = 2048 without."""
-    found = {}
+GEOMETRIES = (
+    (8, 1, 4, 16),
+    (8, 1, 8, 16),
+    (8, 2, 4, 16),
+    (8, 2, 8, 16),
+    (8, 1, 4, 32),
+    (8, 1, 8, 32),
+    (8, 2, 4, 32),
+    (8, 2, 8, 32),
+    (4, 1, 4, 16),
+    (4, 1, 8, 16),
+    (16, 1, 8, 16),
+    (16, 2, 8, 16),
+    (32, 1, 8, 16),
+    (32, 4, 4, 16),
+)
+
+
+def profile(labels: Path, chosen: tuple[Geometry | None, Geometry | None]) -> None:
+    """Launch every case a few times for a profiler (see ``merge``), writing what was launched."""
+    launched: list[str] = []
     *short, state = inputs(16)
     *long, _ = inputs(2048)
-    for lanes, rows, simds, tile in (
-        (8, 1, 4, 16),
-        (8, 1, 8, 16),
-        (8, 1, 2, 16),
-        (8, 1, 4, 32),
-        (8, 1, 4, 8),
-        (8, 2, 4, 16),
-        (8, 2, 2, 16),
-        (8, 4, 2, 16),
-        (4, 1, 4, 16),
-        (4, 1, 2, 16),
-        (4, 2, 2, 16),
-        (16, 1, 4, 16),
-        (16, 1, 8, 16),
-        (16, 2, 4, 16),
-        (16, 4, 4, 16),
-        (32, 1, 8, 16),
-        (32, 2, 8, 16),
-        (32, 4, 4, 16),
-        (32, 4, 8, 16),
-    ):
-        launcher = Launcher(backend(), Geometry(lanes, rows, simds, tile))
+    launcher = Launcher(backend(), chosen[0])
+    _, tape, _ = launcher.verify(*short, state)
+    counts, single = row_counts(8, 1), mx.array([8])
+    mx.eval(tape.delta, counts, single)
+    by_hand = [tape.delta, tape.k, tape.g, single, state]
+    cases = {
+        "verify T=16": lambda: launcher.verify(*short, state),
+        "verify T=16, no state written": lambda: launcher.verify(*short, state, write_state=False),
+        "verify T=1": lambda: launcher.verify(*[x[:, :1] for x in short], state),
+        "replay n=8": lambda: launcher.replay(state, tape, counts),
+        "replay n=8, counts in host memory": lambda: launcher._run(
+            Variant(replay=True, middle=True), list(by_hand), tape.k, tape.delta
+        ),
+        "replay n=8 and verify T=16": lambda: launcher.replay_verify(
+            tape, counts, tuple(short), state
+        ),
+        "plain T=16": lambda: plain(*short, state),
+        "plain T=2048": lambda: plain(*long, state),
+        "prefill T=2048": lambda: Launcher(backend(), chosen[1]).prefill(*long, state),
+    }
+    for values in GEOMETRIES if chosen == (None, None) else ():
+        tried = Launcher(backend(), Geometry(*values))
+        cases[f"{values} T=16"] = lambda tried=tried: tried.verify(*short, state)
+        cases[f"{values} T=2048"] = lambda tried=tried: tried.prefill(*long, state)
+    launched.append("verify T=16 (warm-up)")
+    for name, run in cases.items():
+        for _ in range(4):
+            mx.eval([x.delta if isinstance(x, Tape) else x for x in run() if x is not None])
+            launched.append(name)
+    labels.write_text(json.dumps(launched))
 
-        def verify(s, launcher=launcher):
-            y, tape, end = launcher.verify(*short, s)
-            return end, [y, tape.delta]
 
-        def prefill(s, launcher=launcher):
-            y, end = launcher.prefill(*long, s)
-            return end, [y]
+def merge(table: Path, labels: Path) -> dict[str, float]:
+    """Median microseconds by case, from ``ncu --csv`` output and the labels of ``profile``."""
+    lines = [line for line in table.read_text().splitlines() if line.startswith('"')]
+    times = [
+        float(row["Metric Value"].replace(",", ""))
+        * {"ns": 1e-3, "us": 1.0, "ms": 1e3}[row["Metric Unit"]]
+        for row in csv.DictReader(lines)
+        if row["Metric Name"] == "gpu__time_duration.sum"
+    ]
+    found: dict[str, list[float]] = {}
+    for name, value in zip(json.loads(labels.read_text()), times, strict=True):
+        found.setdefault(name, []).append(value)
+    return {name: statistics.median(values[1:] or values) for name, values in found.items()}
 
-        name = f"lanes={lanes} rows={rows} simds={simds} tile={tile}"
-        found[f"{name} T=16"] = chain(verify, state, 200, rounds=5)
-        found[f"{name} T=2048"] = chain(prefill, state, 8, rounds=3)
-        print(
-            f"{name}: {found[f'{name} T=16']['us']:.1f} us, {found[f'{name} T=2048']['us']:.0f} us",
-            flush=True,
+
+def best(found: dict[str, float]) -> tuple[str, str]:
+    """The fastest geometries at T = 16 and T = 2048 among those with the same number of lanes."""
+
+    def lowest(tokens: int, lanes: int) -> tuple[float, str]:
+        tail = f" T={tokens}"
+        return min(
+            (value, name.removesuffix(tail))
+            for name, value in found.items()
+            if name.startswith(f"({lanes},") and name.endswith(tail)
         )
-    return found
+
+    choices = [
+        (lowest(16, lanes)[0] * 20 + lowest(2048, lanes)[0], lanes) for lanes in (4, 8, 16, 32)
+    ]
+    lanes = min(choices)[1]
+    return lowest(16, lanes)[1].strip("()"), lowest(2048, lanes)[1].strip("()")
 
 
 def main() -> None:
     """Measure, print, and write the JSON."""
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
-    parser.add_argument("--sweep", action="store_true", help="time many geometries too")
+    parser.add_argument("--profile", action="store_true", help="launch cases for a profiler")
+    parser.add_argument("--merge", type=Path, help="ncu's CSV, to merge with the labels in OUT")
+    parser.add_argument("--kernels", type=Path, help="a merged table to include")
+    parser.add_argument("--short", help="geometry for blocks: lanes, rows, simds, tile")
+    parser.add_argument("--long", help="geometry for prompts")
     options = parser.parse_args()
     mx.random.seed(7)
-    launcher = Launcher(backend())
+    short, long = (
+        Geometry(*map(int, x.split(","))) if x else None for x in (options.short, options.long)
+    )
+    if options.profile:
+        profile(options.out, (short, long))
+        return
+    if options.merge:
+        found = merge(options.merge, options.out)
+        options.out.write_text(json.dumps(found, indent=1) + "\n")
+        for name, value in found.items():
+            print(f"{name}: {value:.2f} us")
+        if any(name.startswith("(") for name in found):
+            print("best:", *[x.replace(" ", "") for x in best(found)])
+        return
     report = {
         "device": mx.device_info(mx.gpu).get("device_name", "unknown"),
         "backend": backend().name,
@@ -337,20 +398,21 @@ def main() -> None:
             "dtype": "bfloat16",
             "B": 1,
         },
-        "errors": errors(launcher),
+        "geometry": {
+            "T=16": str(short or geometry_for(SIZE, 16)),
+            "T=2048": str(long or geometry_for(SIZE, 2048)),
+        },
+        "errors": errors(Launcher(backend(), short)),
     }
     print(json.dumps(report["errors"]), flush=True)
-    report["times"] = {}
-    for part in (blocks, prompts):
-        report["times"].update(part(launcher))
+    report["times"] = {**blocks(Launcher(backend(), short)), **prompts(Launcher(backend(), long))}
     for name, found in report["times"].items():
         print(
             f"{name}: {found['us']:.1f} us ({found['us_min']:.1f}-{found['us_max']:.1f}), "
             f"python {found['python_us']:.1f}"
         )
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
-    if options.sweep:
-        report["sweep"] = sweep()
+    if options.kernels:
+        report["kernel_us_by_profiler"] = json.loads(options.kernels.read_text())
     options.out.write_text(json.dumps(report, indent=1) + "\n")
 
 

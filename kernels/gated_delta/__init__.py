@@ -5,12 +5,13 @@ Importing this package compiles nothing: a kernel is compiled at its first launc
 - :func:`verify` runs a block and records a :class:`Tape`.
 - :func:`replay` brings the old state forward by the accepted part of a tape.
 - :func:`replay_verify` does both at once: one launch a layer and cycle.
+- :func:`row_counts` prepares per-row counts once for all layers.
 - :func:`prefill` runs a prompt.
 - :func:`choose` says which implementation serves a request, and why.
 """
 
 from .dispatch import IMPLEMENTATIONS, Choice, choose, prefill, replay, replay_verify, verify
-from .launch import Request
+from .launch import Request, row_counts
 from .tape import Tape, concat_tapes
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "prefill",
     "replay",
     "replay_verify",
+    "row_counts",
     "verify",
 ]

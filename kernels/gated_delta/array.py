@@ -89,7 +89,8 @@ def replay(state: mx.array, tape: Tape, n: int | mx.array) -> mx.array:
     Args:
         state: [B, Hv, Dv, Dk] float32, the state the tape was recorded on.
         tape: T entries.
-        n: how many entries, 0..T: one number, or [B] int32 with one for each row.
+        n: how many entries, 0..T: one number, or [B] int32 with one for each row
+            (or longer: see :func:`..launch.row_counts`).
 
     Returns:
         [B, Hv, Dv, Dk] float32.
@@ -101,10 +102,10 @@ def replay(state: mx.array, tape: Tape, n: int | mx.array) -> mx.array:
     per_row = isinstance(n, mx.array)
     if not per_row and not 0 <= n <= tape.length:
         raise ValueError(f"cannot replay {n} entries of a tape of {tape.length}")
-    keys = _spread(tape.k, tape.delta.shape[2])
+    keys, rows = _spread(tape.k, tape.delta.shape[2]), state.shape[0]
     for t in range(tape.length if per_row else n):
         new = _write(_decay(state, tape.g[:, t]), keys[:, t], tape.delta[:, t])
-        state = _keep(n > t, new, state) if per_row else new
+        state = _keep(n[:rows] > t, new, state) if per_row else new
     return state
 
 

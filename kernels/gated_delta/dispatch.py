@@ -198,8 +198,8 @@ def replay(state: mx.array, tape: Tape, n: int | mx.array, *, use: str | None = 
     Args:
         state: [B, Hv, Dv, Dk] float32, what the tape was recorded on; not changed.
         tape: T entries.
-        n: 0..T, one number or [B] int32 (array counts are not read, so not checked: kernels cut
-            them to 0..T).
+        n: 0..T, one number or [B] int32, or longer, as from :func:`..launch.row_counts` (array
+            counts are not read, so not checked: kernels cut them to 0..T).
         use: an implementation by name, or None to choose.
 
     Returns:
@@ -258,7 +258,7 @@ def replay_verify(
 
     Args:
         previous: the tape recorded on ``state``.
-        n: entries of it to keep, 0..T, one number or [B] int32.
+        n: entries of it to keep, 0..T, one number or [B] int32 (see :func:`replay`).
         block: q, k, v, g, beta of this cycle, as in :func:`verify`.
         state: [B, Hv, Dv, Dk] float32, the state before ``previous``.
         mask: [B, T] bool of this cycle, or None.

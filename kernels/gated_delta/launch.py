@@ -11,9 +11,18 @@ import mlx.core as mx
 from .source import Variant
 from .tape import Tape
 
-__all__ = ["Backend", "Geometry", "Launcher", "Request", "geometry_for", "unsupported_shape"]
+__all__ = [
+    "Backend",
+    "Geometry",
+    "Launcher",
+    "Request",
+    "geometry_for",
+    "row_counts",
+    "unsupported_shape",
+]
 
 _FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+_COUNTS = 4  # MLX-CUDA keeps arrays of 8 bytes or less in host memory, slow to read from a kernel
 _GRID_LIMIT = 65535  # CUDA's limit on the z extent of a grid
 
 
@@ -60,7 +69,7 @@ def unsupported_shape(request: Request) -> str | None:
     return None
 
 
-@attrs.frozen
+@attrs.frozen(cache_hash=True)
 class Geometry:
     """How the state is spread over threads (see :mod:`.source`).
 
@@ -92,7 +101,7 @@ def geometry_for(key_size: int, tokens: int) -> Geometry:
     return Geometry(tile=16 if key_size <= 192 else 8)
 
 
-@attrs.frozen
+@attrs.frozen(cache_hash=True)
 class Backend:
     """A compiler of kernels.
 
@@ -106,44 +115,50 @@ class Backend:
     build: Callable[..., Callable[..., list[mx.array]]]
     prelude: str
 
-    def kernel(self, variant: Variant) -> Callable[..., list[mx.array]]:
-        """The kernel of a variant; compiled by MLX at its first launch for each set of template
-        values.
+    def kernel(
+        self, variant: Variant, dtypes: tuple[mx.Dtype, ...]
+    ) -> Callable[..., list[mx.array]]:
+        """The kernel of a variant for inputs of these dtypes; MLX compiles it at its first launch.
+
+        MLX's CUDA backend tells compiled kernels apart, in memory and on disk, by their name and
+        template values alone. So the name holds a digest of all that the code depends on.
         """
-        return _build(self, variant)
-
-    def kernel_name(self, variant: Variant) -> str:
-        """The variant's name with a digest of its source.
-
-        MLX's CUDA backend keeps compiled kernels on disk under their name and template values
-        alone, so a changed source needs a changed name.
-        """
-        digest = hashlib.sha256((self.prelude + variant.source).encode()).hexdigest()
-        return f"{variant.name}_{digest[:12]}"
-
-
-@lru_cache(maxsize=64)
-def _build(backend: Backend, variant: Variant) -> Callable[..., list[mx.array]]:
-    return backend.build(
-        name=backend.kernel_name(variant),
-        input_names=variant.inputs,
-        output_names=variant.outputs,
-        source=variant.source,
-        header=backend.prelude,
-    )
+        text = "\n".join([self.prelude, variant.source, *map(str, dtypes)])
+        digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+        return self.build(
+            name=f"{variant.name}_{digest}",
+            input_names=variant.inputs,
+            output_names=variant.outputs,
+            source=variant.source,
+            header=self.prelude,
+        )
 
 
-@lru_cache(maxsize=256)
-def _template(
-    dtypes: tuple[mx.Dtype, ...], sizes: tuple[int, ...], geometry: Geometry
-) -> list[tuple[str, Any]]:
-    """Template values. Every input dtype is among them: MLX-CUDA tells kernels apart by name and
-    template alone.
-    """
-    key_heads, value_heads, key_size, value_size = sizes
-    named = [("QT", dtypes[0])] + [(f"IN{i}", dtype) for i, dtype in enumerate(dtypes[1:])]
-    return [
-        *named,
+@attrs.frozen
+class _Plan:
+    """What is the same in every launch on equal shapes and dtypes."""
+
+    kernel: Callable[..., list[mx.array]]
+    arguments: dict[str, Any]
+    outputs: tuple[str, ...]
+
+
+@lru_cache(maxsize=1024)
+def _plan(
+    backend: Backend,
+    geometry: Geometry | None,
+    variant: Variant,
+    dtypes: tuple[mx.Dtype, ...],
+    shapes: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]],
+) -> _Plan:
+    """Plan a launch; ``shapes`` are those of k (or the tape's), v (or its delta) and the state."""
+    (_, _, key_heads, key_size), rows_shape, state_shape = shapes
+    rows, tokens, value_heads, value_size = rows_shape
+    geometry = geometry or geometry_for(key_size, tokens)
+    y_dtype = dtypes[variant.inputs.index("q")] if variant.block else mx.float32
+    wide = ("y", "delta_out")
+    template = [
+        ("QT", y_dtype),
         ("Hk", key_heads),
         ("Hv", value_heads),
         ("Dk", key_size),
@@ -153,11 +168,26 @@ def _template(
         ("SIMDS", geometry.simds),
         ("TILE", geometry.tile),
     ]
+    groups = value_size // geometry.threadgroup_rows
+    return _Plan(
+        kernel=backend.kernel(variant, dtypes),
+        arguments={
+            "template": template,
+            "grid": (32, groups * geometry.simds, rows * value_heads),
+            "threadgroup": (32, geometry.simds, 1),
+            "output_shapes": [rows_shape if n in wide else state_shape for n in variant.outputs],
+            "output_dtypes": [y_dtype if n == "y" else mx.float32 for n in variant.outputs],
+        },
+        outputs=tuple(variant.outputs),
+    )
+
+
+_REPLAY = Variant(replay=True, middle=True)
 
 
 @attrs.frozen
 class Launcher:
-    """The operations of the package on one backend; arguments and shapes as in :mod:`.array`.
+    """The operations of the package on one backend; arguments and shapes as in :mod:`.dispatch`.
 
     Attributes:
         backend: who compiles.
@@ -182,9 +212,9 @@ class Launcher:
         *,
         write_state: bool = True,
     ) -> tuple[mx.array, Tape, mx.array | None]:
-        """Run a block and record the tape; the state after it only if ``write_state``, else None."""
+        """Run a block and record the tape; the state after it if ``write_state``, else None."""
         variant = Variant(block=True, tape=True, masked=mask is not None, end=write_state)
-        out = self._run(variant, state, block=(q, k, v, g, beta), mask=mask)
+        out = self._run(variant, [q, k, v, g, beta, state], k, v, mask)
         return out["y"], _tape(out["delta_out"], k, g, mask), out.get("state_out")
 
     def prefill(
@@ -199,15 +229,14 @@ class Launcher:
     ) -> tuple[mx.array, mx.array]:
         """Run T tokens without a tape; bit-equal to :meth:`verify`, in any split of the tokens."""
         variant = Variant(block=True, masked=mask is not None, end=True)
-        out = self._run(variant, state, block=(q, k, v, g, beta), mask=mask)
+        out = self._run(variant, [q, k, v, g, beta, state], k, v, mask)
         return out["y"], out["state_out"]
 
     def replay(self, state: mx.array, tape: Tape, n: int | mx.array) -> mx.array:
-        """Bring a state forward by n entries; bit-equal to the state :meth:`verify` had after n
-        tokens.
-        """
-        out = self._run(Variant(replay=True, middle=True), state, tape=(tape, n))
-        return out["state_middle"]
+        """Bring a state forward; bit-equal to the state :meth:`verify` had after n tokens."""
+        counts = row_counts(n, state.shape[0])
+        inputs = [tape.delta, tape.k, tape.g, counts, state]
+        return self._run(_REPLAY, inputs, tape.k, tape.delta)["state_middle"]
 
     def replay_verify(
         self,
@@ -219,7 +248,7 @@ class Launcher:
         *,
         write_state: bool = False,
     ) -> tuple[mx.array, Tape, mx.array, mx.array | None]:
-        """Replay n entries of the last cycle's tape, then run this cycle's block, in one launch.
+        """Replay n entries of the last tape, then run this block, in one launch.
 
         Args:
             previous: the tape recorded on ``state``.
@@ -241,57 +270,58 @@ class Launcher:
             middle=True,
             end=write_state,
         )
-        out = self._run(variant, state, block=block, mask=mask, tape=(previous, n))
+        counts = row_counts(n, state.shape[0])
+        inputs = [previous.delta, previous.k, previous.g, counts, *block, state]
+        out = self._run(variant, inputs, block[1], block[2], mask)
         tape = _tape(out["delta_out"], block[1], block[3], mask)
         return out["y"], tape, out["state_middle"], out.get("state_out")
 
     def _run(
         self,
         variant: Variant,
-        state: mx.array,
-        *,
-        block: tuple[mx.array, ...] = (),
+        inputs: list[mx.array],
+        keys: mx.array,
+        rows: mx.array,
         mask: mx.array | None = None,
-        tape: tuple[Tape, int | mx.array] | None = None,
     ) -> dict[str, mx.array]:
-        inputs: list[mx.array] = []
-        if tape is not None:
-            inputs += [tape[0].delta, tape[0].k, tape[0].g, _counts(*tape)]
-        inputs += [*block, state]
+        """Launch: ``inputs`` end with the state; ``keys`` and ``rows`` give the shapes."""
+        shapes = (keys.shape, rows.shape, inputs[-1].shape)
         if mask is not None:
             inputs.append(mask)
-        rows, value_heads, value_size, key_size = state.shape
-        key_heads = block[1].shape[2] if block else tape[0].k.shape[2]
-        tokens = block[4].shape[1] if block else tape[0].length
-        geometry = self.geometry or geometry_for(key_size, tokens)
-        y_type = block[0].dtype if block else mx.float32
-        shapes = {
-            "y": (rows, tokens, value_heads, value_size),
-            "delta_out": (rows, tokens, value_heads, value_size),
-        }
-        names = variant.outputs
-        outputs = self.backend.kernel(variant)(
-            inputs=inputs,
-            template=_template(
-                (y_type, *(x.dtype for x in inputs)),
-                (key_heads, value_heads, key_size, value_size),
-                geometry,
-            ),
-            grid=(32, value_size // geometry.threadgroup_rows * geometry.simds, rows * value_heads),
-            threadgroup=(32, geometry.simds, 1),
-            output_shapes=[shapes.get(name, state.shape) for name in names],
-            output_dtypes=[y_type if name == "y" else mx.float32 for name in names],
-            init_value=self.poison,
-        )
-        return dict(zip(names, outputs, strict=True))
+        dtypes = tuple([x.dtype for x in inputs])
+        plan = _plan(self.backend, self.geometry, variant, dtypes, shapes)
+        if self.poison is None:
+            outputs = plan.kernel(inputs=inputs, **plan.arguments)
+        else:
+            outputs = plan.kernel(inputs=inputs, init_value=self.poison, **plan.arguments)
+        return dict(zip(plan.outputs, outputs, strict=True))
 
 
-def _counts(tape: Tape, n: int | mx.array) -> mx.array:
-    if isinstance(n, mx.array):
-        return n.astype(mx.int32)
-    if not 0 <= n <= tape.length:
-        raise ValueError(f"cannot replay {n} entries of a tape of {tape.length}")
-    return mx.full((tape.delta.shape[0],), n, dtype=mx.int32)
+def row_counts(n: int | mx.array, rows: int) -> mx.array:
+    """How many tape entries each row keeps, as the kernels want it.
+
+    Every layer of a model keeps the same number, so make it once a cycle and hand it to all layers.
+
+    Args:
+        n: one number, or an int32 array of at least ``rows`` entries.
+        rows: B.
+
+    Returns:
+        [max(B, 4)] int32; entries past B mean nothing.
+    """
+    size = max(rows, _COUNTS)
+    if not isinstance(n, mx.array):
+        return _constant_counts(n, size)
+    if n.shape[0] >= size and n.dtype == mx.int32:
+        return n
+    return mx.pad(n.astype(mx.int32), (0, max(size - n.shape[0], 0)))
+
+
+@lru_cache(maxsize=64)
+def _constant_counts(n: int, size: int) -> mx.array:
+    counts = mx.full((size,), n, dtype=mx.int32)
+    mx.eval(counts)
+    return counts
 
 
 def _tape(delta: mx.array, k: mx.array, g: mx.array, mask: mx.array | None) -> Tape:

@@ -191,6 +191,19 @@ def test_a_masked_token_leaves_no_trace_on_the_tape():
     assert same(gated_delta.replay(state, tape, 4), end)
 
 
+def test_row_counts_are_padded_once_for_all_layers():
+    *block, state = case(5)
+    _, tape, _ = gated_delta.verify(*block, state)
+    counts = gated_delta.row_counts(mx.array([1, 4]), 2)
+    assert counts.dtype == mx.int32
+    assert counts.tolist()[:2] == [1, 4]
+    assert counts.shape == (4,)
+    assert gated_delta.row_counts(counts, 2) is counts
+    assert gated_delta.row_counts(3, 6).tolist() == [3] * 6
+    expected = gated_delta.replay(state, tape, mx.array([1, 4]))
+    assert same(gated_delta.replay(state, tape, counts), expected)
+
+
 @pytest.mark.parametrize("n", [-1, 6])
 def test_replay_refuses_a_count_outside_the_tape(n):
     *block, state = case(5)

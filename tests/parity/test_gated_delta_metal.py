@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def launcher(folder):
-    """The package's own launcher, with the emulator in place of MLX's compiler; outputs start NaN."""
+    """The package's own launcher on the emulator; outputs start NaN."""
     backend = Backend("metal", emulator.Emulator(folder), METAL_PRELUDE)
     return Launcher(backend, poison=float("nan"))
 
@@ -152,7 +152,7 @@ def test_the_emulated_source_is_the_one_metal_gets():
         seen.update(arguments)
         return lambda **_: []
 
-    Backend("metal", build, metal.BACKEND.prelude).kernel(variant)
+    Backend("metal", build, metal.BACKEND.prelude).kernel(variant, (mx.float32,))
     assert seen["source"] == variant.source
     assert seen["header"] == METAL_PRELUDE == metal.BACKEND.prelude
     assert metal.BACKEND.build is mx.fast.metal_kernel
