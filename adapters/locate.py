@@ -39,9 +39,9 @@ def locate(reference: str) -> Path | None:
     """The local folder of a model.
 
     Args:
-        reference: empty for the bundled target, the name of a bundled pair (its target) or that name with
-            ``-draft`` (its drafter), a folder, or
-            OWNER/NAME of a hub repository, which is downloaded where it is not cached.
+        reference: empty for the bundled target, the name of a bundled pair (its target) or that
+            name with ``-draft`` (its drafter), a folder, or OWNER/NAME of a hub repository,
+            which is downloaded where it is not cached.
 
     Returns:
         The folder; None for a reference of another kind.

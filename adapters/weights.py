@@ -142,7 +142,8 @@ def _check_finite(module: nn.Module, path: Path) -> None:
     flags = [mx.isfinite(a).all() for _, a in small]
     if not flags:
         return
-    bad = [name for (name, _), ok in zip(small, mx.stack(flags).tolist(), strict=True) if not ok]
+    healthy: Any = mx.stack(flags).tolist()
+    bad = [name for (name, _), ok in zip(small, healthy, strict=True) if not ok]
     if bad:
         raise ModelError(f"the weights in {path} are not finite: {bad[0]}", "download them again")
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
+from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
 from draftloom.contracts import CacheKind, ComponentInfo
 
@@ -29,14 +30,8 @@ class SnapshotRollback:
 
     def begin(self, entry: Any, block: mx.array) -> _Snapshot | _Offset:
         """Keep what is needed to restore the cache as it is before block [B, K+1]."""
-        return _Offset(entry) if hasattr(entry, "trim") and _grows(entry) else _Snapshot(entry)
-
-
-def _grows(entry: Any) -> bool:
-    """Whether the cache only ever appends, so that its end is all there is to remember."""
-    return not hasattr(entry, "max_size") and hasattr(entry, "offset") and not hasattr(
-        entry, "caches"
-    )  # fmt: skip
+        appends = isinstance(entry, KVCache | QuantizedKVCache)
+        return _Offset(entry) if appends else _Snapshot(entry)
 
 
 class _Offset:

@@ -62,7 +62,7 @@ class _Recorded:
         if len(set(num_accepted)) == 1:
             start = num_accepted[0] + 1
             return mx.contiguous(window[:, start : start + size])
-        starts = mx.array(num_accepted)[:, None] + 1 + mx.arange(size)
+        starts = mx.array(list(num_accepted))[:, None] + 1 + mx.arange(size)
         return mx.take_along_axis(window, starts[..., None], axis=1)
 
     def _state(self, num_accepted: Sequence[int]) -> mx.array:
@@ -72,4 +72,6 @@ class _Recorded:
             rows, _, heads, size = tape.delta.shape
             state = mx.zeros((rows, heads, size, tape.k.shape[-1]), dtype=mx.float32)
         same = len(set(num_accepted)) == 1
-        return replay(state, tape, num_accepted[0] + 1 if same else mx.array(num_accepted) + 1)
+        return replay(
+            state, tape, num_accepted[0] + 1 if same else mx.array(list(num_accepted)) + 1
+        )

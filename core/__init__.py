@@ -6,7 +6,7 @@ a pluggy hook; a builder wires parts into a checked graph. Importing this has no
 """
 
 from draftloom.api import load, stream_generate
-from draftloom.builder import Blueprint, PipelineBuilder
+from draftloom.builder import PipelineBuilder
 from draftloom.contracts import (
     AcceptancePolicy,
     Bindable,
@@ -53,6 +53,7 @@ from draftloom.hookspecs import Register, hookimpl
 from draftloom.model_info import ModelInfo
 from draftloom.pipeline import Chunk, GenerateOptions, GenerationResult, Pipeline, TextGeneration
 from draftloom.plugins import PluginManager
+from draftloom.resolver import Blueprint
 from draftloom.sampling import SamplingParams, SamplingState
 from draftloom.spec import ComponentSpec, InsertSpec, PipelineSpec
 

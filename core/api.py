@@ -123,7 +123,7 @@ def _responses(
     builder: PipelineBuilder, prompt: Any, options: GenerateOptions
 ) -> Iterator[GenerationResponse]:
     with builder.build() as pipeline:
-        ids = prompt.tolist() if isinstance(prompt, mx.array) else prompt
+        ids: Any = prompt.tolist() if isinstance(prompt, mx.array) else prompt
         engine = pipeline.engine(pipeline.encode(ids), options)
         with wired_limit(pipeline.model):
             yield from _tokens(engine, pipeline)

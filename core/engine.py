@@ -12,7 +12,6 @@ tokens just read are handed out, so that the device works while the host makes t
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -25,7 +24,6 @@ from draftloom.contracts import (
     Draft,
     Drafter,
     DraftRequest,
-    DraftSession,
     Preserves,
     Resolvable,
     Speculation,
@@ -34,7 +32,8 @@ from draftloom.contracts import (
     Width,
     WidthPolicy,
 )
-from draftloom.errors import DrafterFallbackWarning, DraftloomError, GenerationError, UsageError
+from draftloom.drafting import GuardedDrafter, UnusableDraftError, one_line
+from draftloom.errors import DraftloomError, GenerationError, UsageError
 from draftloom.events import (
     CycleEvent,
     FailureEvent,
@@ -120,10 +119,6 @@ class Outcome:
     finish_reason: FinishReason | None
 
 
-class _UnusableDraft(Exception):
-    """The draft's numbers are not finite or its ids are outside the vocabulary."""
-
-
 class Engine:
     """Runs one generation of a pipeline. B = 1; every array carries the batch axis.
 
@@ -146,10 +141,9 @@ class Engine:
         self._limit = self._token_limit()
         self._max_width = parts.drafter.info.max_width or UNLIMITED_WIDTH
         self._plan = parts.graph.compile(self._calls())
-        self._session: DraftSession | None = None
+        self._drafter = GuardedDrafter(parts.drafter, self._vocab_size, self.stats)
         self._speculation: Speculation | None = None
         self._anchor = request.prompt[-1]
-        self._drafted = 0
         self._clock = time.perf_counter()
         self._last: CycleEvent | None = None
         self._finished = False
@@ -168,6 +162,7 @@ class Engine:
     def _token_limit(self) -> int:
         limit = self._parts.target.info.context_limit
         prompt, wanted = len(self._request.prompt), self._request.max_tokens
+        past = max((getattr(entry, "offset", 0) for entry in self.cache), default=0)
         if not prompt:
             raise UsageError("the prompt is empty", "give at least one token")
         outside = [t for t in self._request.prompt if not 0 <= t < self._vocab_size]
@@ -182,12 +177,13 @@ class Engine:
             if wanted is None:
                 raise UsageError("this target states no context limit", "give max_tokens")
             return wanted
-        if prompt >= limit:
+        room = limit - past - prompt
+        if room <= 0:
             raise UsageError(
-                f"the prompt has {prompt} tokens, the target's context holds {limit}",
+                f"the prompt has {past + prompt} tokens, the target's context holds {limit}",
                 "shorten the prompt",
             )
-        return limit - prompt if wanted is None else min(wanted, limit - prompt)
+        return room if wanted is None else min(wanted, room)
 
     # --- the loop ----------------------------------------------------------------------------
 
@@ -205,10 +201,11 @@ class Engine:
                 event = self._cycle(0 if self._last is None else self._last.index + 1)
                 self._last = event
                 self.stats.add(event)
-                if event.finish_reason is None:
-                    self._launch_draft()
-                self._announce(event)
-                yield event
+                error = self._launch_draft() if event.finish_reason is None else None
+                error = self._announce(event) or error
+                yield event  # what was committed is handed out before anything else can fail
+                if error is not None:
+                    raise error
         except DraftloomError as error:
             self._finished = True
             failure = FailureEvent(str(error), self.stats.generated_tokens)
@@ -246,7 +243,7 @@ class Engine:
 
     def _prefill(self) -> None:
         parts, prompt = self._parts, self._request.prompt
-        self._session = self._open_session()
+        self._drafter.open(DraftRequest((prompt,), self.sampling, self._vocab_size))
         report = self._request.on_prefill or (lambda done, total: None)
         total = len(prompt)
         report(0, total)
@@ -256,8 +253,10 @@ class Engine:
                 features = parts.target.forward(mx.array([chunk]), self.cache).features
                 mx.eval([entry.state for entry in self.cache])
             except Exception as error:
-                raise GenerationError(f"the target failed on the prompt: {_say(error)}") from error
-            self._tell_drafter(chunk, features)
+                raise GenerationError(
+                    f"the target failed on the prompt: {one_line(error)}"
+                ) from error
+            self._drafter.observe(chunk, features)
             report(start + len(chunk), total)
             mx.clear_cache()
 
@@ -281,11 +280,13 @@ class Engine:
         if outcome.tokens:
             self._anchor = outcome.tokens[-1]
         if index and outcome.finish_reason != "cancelled":
-            self._parts.width.observe(self._drafted, draft.width, outcome.num_accepted, seconds)
+            self._parts.width.observe(
+                self._drafter.drafted, draft.width, outcome.num_accepted, seconds
+            )
         return CycleEvent(
             index=index,
             token_ids=outcome.tokens,
-            drafted=self._drafted if draft.width else 0,
+            drafted=self._drafter.drafted if draft.width else 0,
             verified=draft.width,
             accepted=outcome.num_accepted,
             source=draft.source,
@@ -305,32 +306,43 @@ class Engine:
         succeeds alone."""
         draft = Draft.empty()
         self._plan.set("draft", draft)
+        self._plan.set("anchor", None)  # the failed attempt may have put the next one there
         try:
             self._attempt()
-        except Exception as second:
+        except Exception as second:  # noqa: BLE001 raised again as a GenerationError
             self._abort()
             raise _failure(second) from error
-        self._give_up_drafter(_say(error))
+        self._drafter.give_up(one_line(error))
         return draft
 
-    def _launch_draft(self) -> None:
+    def _launch_draft(self) -> GenerationError | None:
         """Start the next draft on the device; it runs while the host makes text."""
-        if self._session is None:
-            self._plan.set("draft", Draft.empty())
-            return
-        for step in self._plan.propose:
-            step()
-        mx.async_eval(self._plan.get("draft").tokens)
+        plan = self._plan
+        try:
+            for step in plan.propose:
+                step()
+        except Exception as error:  # noqa: BLE001 an inserted node failed; raised by `cycles`
+            return _failure(error)
+        try:
+            mx.async_eval(plan.get("draft").tokens)
+        except Exception as error:  # noqa: BLE001 a drafter may fail in any way
+            self._drafter.give_up(one_line(error))
+            plan.set("draft", Draft.empty())
+        return None
 
-    def _announce(self, event: CycleEvent) -> None:
+    def _announce(self, event: CycleEvent) -> GenerationError | None:
         hook = self._parts.hook
-        if event.index == 0:
-            hook.prefill_finished(event=PrefillEvent(self.stats.prompt_tokens, event.seconds))
-        else:
-            hook.cycle_finished(event=event)
+        try:
+            if event.index == 0:
+                hook.prefill_finished(event=PrefillEvent(self.stats.prompt_tokens, event.seconds))
+            else:
+                hook.cycle_finished(event=event)
+        except Exception as error:  # noqa: BLE001 a plugin's observer failed; raised by `cycles`
+            return GenerationError(f"a plugin failed to take in a cycle: {one_line(error)}")
         before = self.stats.generated_tokens - len(event.token_ids)
         if self.stats.generated_tokens // CLEAR_CACHE_TOKENS != before // CLEAR_CACHE_TOKENS:
             mx.clear_cache()
+        return None
 
     # --- the calls that the graph's nodes are bound to ---------------------------------------
 
@@ -350,47 +362,15 @@ class Engine:
 
     def _draft(self, anchor: mx.array, width: Width) -> Draft:
         room = self._limit - self.stats.generated_tokens
-        verify = min(width.verify, width.draft, room - 1)
-        self._drafted = 0
-        if verify <= 0 or self._session is None:
-            return Draft.empty()
-        try:
-            draft = self._session.propose(anchor, width.draft, self.sampling)
-            self._check_shape(draft, width.draft)
-        except Exception as error:  # the one place that turns a drafter's failure into a fall-back
-            self._give_up_drafter(_say(error))
-            return Draft.empty()
-        self._drafted = draft.width
-        return self._check_values(draft.first(verify))
-
-    def _check_shape(self, draft: Draft, width: int) -> None:
-        tokens = draft.tokens
-        if tokens.ndim != 2 or tokens.shape[0] != 1 or tokens.shape[1] > width:
-            raise UsageError(f"proposed tokens {tuple(tokens.shape)}, at most (1, {width}) fit")
-        if not mx.issubdtype(tokens.dtype, mx.integer):
-            raise UsageError(f"proposed tokens of type {tokens.dtype}, integers are needed")
-        for name, rows in (("probs", draft.probs), ("candidates", draft.candidates)):
-            if rows is not None and rows.shape[:2] != tokens.shape:
-                raise UsageError(f"{name} {tuple(rows.shape)} do not fit tokens {tokens.shape}")
-
-    def _check_values(self, draft: Draft) -> Draft:
-        """Lazily: are all ids in the vocabulary and all numbers finite? `_read` looks."""
-        if not draft.width:
-            return draft
-        tokens, vocab = draft.tokens, self._vocab_size
-        healthy = mx.all((tokens >= 0) & (tokens < vocab), axis=1)
-        if draft.healthy is not None:
-            healthy = healthy & draft.healthy
-        if draft.probs is not None:
-            healthy = healthy & mx.all(mx.isfinite(draft.probs), axis=(1, 2))
-        return attrs.evolve(draft, tokens=mx.clip(tokens, 0, vocab - 1), healthy=healthy)
+        verify = min(width.verify, room - 1)
+        return self._drafter.propose(anchor, width.draft, verify, self.sampling)
 
     def _speculate(self, anchor: mx.array | None, draft: Draft) -> tuple[mx.array, Speculation]:
         if anchor is None:
             anchor = mx.array([self._anchor], dtype=mx.int32)
-        block = mx.concatenate([anchor[:, None], draft.tokens], axis=1) if draft.width else (
-            anchor[:, None]
-        )  # fmt: skip
+        block = anchor[:, None]
+        if draft.width:
+            block = mx.concatenate([block, draft.tokens], axis=1)
         self._speculation = self._parts.open_speculation(self.cache, block)
         return block, self._speculation
 
@@ -402,10 +382,10 @@ class Engine:
         if draft.width:
             healthy = mx.array([True]) if draft.healthy is None else draft.healthy
             columns += [healthy.astype(mx.int32)[:, None], draft.tokens.astype(mx.int32)]
-        (row,) = mx.concatenate(columns, axis=1).tolist()
+        row: list[int] = mx.concatenate(columns, axis=1).tolist()[0]  # type: ignore
         accepted, following, drafted = row[0], row[1], tuple(row[3:])
         if draft.width and not row[2]:
-            raise _UnusableDraft("numbers that are not finite, or ids outside the vocabulary")
+            raise UnusableDraftError("numbers that are not finite, or ids outside the vocabulary")
         if not 0 <= accepted <= draft.width or not 0 <= following < self._vocab_size:
             raise GenerationError(
                 f"acceptance policy {self.acceptance.info.name!r} gave num_accepted "
@@ -435,37 +415,7 @@ class Engine:
 
     def _observe(self, outcome: Outcome, features: mx.array | None) -> None:
         if outcome.committed and outcome.finish_reason is None:
-            self._tell_drafter(outcome.committed, features)
-
-    # --- failures ----------------------------------------------------------------------------
-
-    def _open_session(self) -> DraftSession | None:
-        request = DraftRequest((self._request.prompt,), self.sampling, self._vocab_size)
-        try:
-            return self._parts.drafter.open(request)
-        except Exception as error:
-            self._give_up_drafter(_say(error))
-            return None
-
-    def _tell_drafter(self, committed: tuple[int, ...], features: mx.array | None) -> None:
-        if self._session is None:
-            return
-        try:
-            rows = features if features is None else features[:, : len(committed)]
-            self._session.observe((committed,), rows)
-        except Exception as error:
-            self._give_up_drafter(_say(error))
-
-    def _give_up_drafter(self, reason: str) -> None:
-        """Go on with the target alone, and say so once."""
-        self._session = None
-        if not self.stats.fell_back:
-            self.stats.fell_back = f"drafter {self._parts.drafter.info.name!r} failed: {reason}"
-            warnings.warn(
-                f"{self.stats.fell_back}; going on with the target alone",
-                DrafterFallbackWarning,
-                stacklevel=2,
-            )
+            self._drafter.observe(outcome.committed, features)
 
     def _abort(self) -> None:
         if self._speculation is not None:
@@ -475,12 +425,4 @@ class Engine:
 def _failure(error: Exception) -> GenerationError:
     if isinstance(error, GenerationError):
         return error
-    return GenerationError(f"a cycle failed: {_say(error)}", "the caches are as before it")
-
-
-def _say(error: Exception) -> str:
-    """An exception as one line."""
-    text = " ".join(str(error).split())
-    return text if isinstance(error, DraftloomError | _UnusableDraft) else (
-        f"{type(error).__name__}: {text}"
-    )  # fmt: skip
+    return GenerationError(f"a cycle failed: {one_line(error)}", "the caches are as before it")

@@ -217,11 +217,13 @@ class Graph:
             slots.setdefault(port.name, len(slots))
         frame: list[Any] = [None] * len(slots)
         first, last = self.names.index(FIRST_VERIFY), self.names.index(LAST_VERIFY)
-        steps = [
-            _step(frame, calls[n.name], [slots[p.name] for p in n.inputs],
-                  [slots[p.name] for p in n.outputs])
-            for n in self.nodes
-        ]  # fmt: skip
+
+        def step(node: Node) -> Callable[[], None]:
+            reads = [slots[port.name] for port in node.inputs]
+            writes = [slots[port.name] for port in node.outputs]
+            return _step(frame, calls[node.name], reads, writes)
+
+        steps = [step(node) for node in self.nodes]
         propose, verify = tuple(steps[:first]), tuple(steps[first : last + 1])
         return Plan(frame, slots, propose, verify, tuple(steps[last + 1 :]))
 

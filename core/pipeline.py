@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, TypedDict, Unpack
 
 import attrs
@@ -331,7 +331,7 @@ class TextGeneration(Iterator[Chunk]):
         """Stop here. The caches hold what was handed out."""
         self._chunks.close()
 
-    def _run(self) -> Iterator[Any]:
+    def _run(self) -> Generator[Chunk, None, None]:
         engine, eos = self._engine, getattr(self._pipeline.tokenizer, "eos_token_ids", ())
         on_cycle = self._options.on_cycle or (lambda event: None)
         try:

@@ -6,6 +6,7 @@ Source: Saxena, "Prompt Lookup Decoding" (2023); n-gram drafting as in transform
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 
@@ -55,9 +56,9 @@ class _Session:
 
     def propose(self, anchor: mx.array, width: int, sampling: SamplingState) -> Draft:
         # The engine has read the anchor already: this list does not wait for the device.
+        anchors: Any = anchor.tolist()
         found = [
-            index.lookup(token, width)
-            for index, token in zip(self._rows, anchor.tolist(), strict=True)
+            index.lookup(token, width) for index, token in zip(self._rows, anchors, strict=True)
         ]
         shortest = min(map(len, found))
         if not shortest:

@@ -24,9 +24,8 @@ __all__ = ["DFlashModel"]
 class _Attention(nn.Module):
     def __init__(self, config: DFlashConfig, sliding: bool) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = (
-            config.num_heads, config.num_kv_heads, config.head_dim,
-        )  # fmt: skip
+        self.heads, self.kv_heads = config.num_heads, config.num_kv_heads
+        self.head_dim = config.head_dim
         self.scale = config.head_dim**-0.5
         self.window = config.sliding_window if sliding else None
         self.causal = sliding if config.is_causal is None else config.is_causal
@@ -74,14 +73,14 @@ class _Attention(nn.Module):
 
     def _mask(self, tokens: int, context: int) -> mx.array | None:
         """Which keys [T, context + T] a query may see; None is all."""
-        windowed = self.window is not None and context + tokens > self.window
-        if not self.causal and not windowed:
+        window = self.window
+        if not self.causal and (window is None or context + tokens <= window):
             return None
         query = context + mx.arange(tokens)[:, None]
         key = mx.arange(context + tokens)[None]
         mask = mx.ones((tokens, context + tokens), dtype=mx.bool_)
-        if windowed:
-            mask = mask & ((query - key < self.window) | (key >= context))
+        if window is not None:
+            mask = mask & ((query - key < window) | (key >= context))
         if self.causal:
             mask = mask & (key <= query)
         return mask

@@ -1,0 +1,395 @@
+"""From a spec to a checked blueprint: names resolved, components made, every problem collected.
+
+Nothing here loads a weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from draftloom.contracts import (
+    AcceptancePolicy,
+    CacheKind,
+    CacheRollback,
+    Checkable,
+    CycleNode,
+    Drafter,
+    DraftLaw,
+    LoadedModel,
+    Need,
+    Preserves,
+    TargetInfo,
+    Verifier,
+    WidthPolicy,
+)
+from draftloom.errors import (
+    DraftloomError,
+    GraphError,
+    Problem,
+    UnknownNameError,
+    UsageError,
+    did_you_mean,
+)
+from draftloom.graph import Graph, Node, standard_nodes
+from draftloom.model_info import ModelInfo
+from draftloom.plugins import PluginManager, canonical
+from draftloom.sampling import SamplingParams
+from draftloom.spec import ComponentSpec, PipelineSpec
+
+__all__ = ["DTYPES", "Blueprint", "Resolver"]
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@attrs.frozen(eq=False)
+class Blueprint:
+    """A checked pipeline whose weights are not loaded yet.
+
+    Attributes:
+        spec: with every ``auto`` resolved.
+        graph: the checked cycle.
+        model: the target's config.
+        target: what the target is.
+        adapter, drafter, verifier, acceptance, width, rollbacks, nodes: the components made
+            (adapter: its class; rollbacks: by cache kind; nodes: by node name).
+        names: names of target, adapter, drafter, verifier, acceptance, rollback, width.
+        sampling: default sampling parameters.
+    """
+
+    spec: PipelineSpec
+    graph: Graph
+    model: ModelInfo
+    target: TargetInfo
+    adapter: Any
+    drafter: Drafter
+    verifier: Verifier
+    acceptance: AcceptancePolicy
+    width: WidthPolicy
+    rollbacks: Mapping[CacheKind, CacheRollback]
+    nodes: Mapping[str, CycleNode]
+    names: dict[str, str]
+    sampling: SamplingParams
+
+
+class Resolver:
+    """Turns a spec into a blueprint, collecting problems instead of stopping at the first."""
+
+    def __init__(
+        self, plugins: PluginManager, spec: PipelineSpec, loaded: LoadedModel | None
+    ) -> None:
+        self.plugins = plugins
+        self.spec = spec
+        self.loaded = loaded
+        self.problems: list[Problem] = []
+        self._auto: ComponentSpec | None = None
+
+    def blueprint(self) -> Blueprint:
+        model = self._model()
+        adapter = self.plugins.adapter_for(model).load()
+        target: TargetInfo = adapter.describe(model)
+        self._check_dtype()
+        sampling = self._attempt("sampling", self._sampling)
+        drafter = self._drafter(target, model)
+        verifier = self._make("verifier", self.spec.verifier)
+        acceptance = self._make("acceptance", self.spec.acceptance)
+        rollbacks = self._rollbacks(target)
+        width = self._make("width", self._width_spec(drafter))
+        made = (drafter, verifier, acceptance, width, *rollbacks.values())
+        graph, nodes = self._graph(target, made, rollbacks)
+        self._check_needs(target, made, nodes, sampling)
+        if graph is not None:
+            self.problems += graph.problems()
+            self.problems += self.plugins.check_graph(graph)
+        if self.problems or graph is None:
+            raise GraphError(self.problems)
+        return Blueprint(
+            spec=self.spec,
+            graph=graph,
+            model=model,
+            target=target,
+            adapter=adapter,
+            drafter=drafter,
+            verifier=verifier,
+            acceptance=acceptance,
+            width=width,
+            rollbacks=rollbacks,
+            nodes=nodes,
+            sampling=sampling or SamplingParams(),
+            names=_names(target, drafter, verifier, acceptance, rollbacks, width),
+        )
+
+    def _problem(self, where: str, message: str, hint: str = "") -> None:
+        self.problems.append(Problem(where, message, hint))
+
+    def _attempt(self, where: str, action: Callable[[], Any]) -> Any:
+        try:
+            return action()
+        except GraphError as error:
+            self.problems += error.problems
+        except DraftloomError as error:
+            self._problem(where, error.message, error.hint)
+        return None
+
+    # --- target ------------------------------------------------------------------------------
+
+    def _model(self) -> ModelInfo:
+        if self.loaded is not None:
+            return ModelInfo.from_model(self.loaded.model)
+        path = self.plugins.locate_model(self.spec.target)
+        return ModelInfo.from_path(path, self.spec.target or path.parent.name)
+
+    def _check_dtype(self) -> None:
+        if self.spec.dtype not in DTYPES:
+            self._problem(
+                "dtype", f"unknown type {self.spec.dtype!r}", did_you_mean(self.spec.dtype, DTYPES)
+            )
+
+    def _sampling(self) -> SamplingParams:
+        return SamplingParams(**dict(self.spec.sampling))  # type: ignore[arg-type]
+
+    # --- components --------------------------------------------------------------------------
+
+    def _make(self, kind: str, spec: ComponentSpec | None) -> Any:
+        if spec is None:
+            return None
+
+        def make() -> Any:
+            component = self.plugins.component(kind, spec.use)
+            return component.make(self._options(component.info, dict(spec.options)))
+
+        return self._attempt(kind, make)
+
+    def _options(self, info: Any, options: dict[str, Any]) -> dict[str, Any]:
+        """Options as the factory takes them: models located, nested drafters made."""
+        for name in info.model_options:
+            if isinstance(options.get(name), str):
+                options[name] = self.plugins.locate_model(options[name])
+        for name in info.nested_options:
+            if name in options:
+                stages = options[name]
+                stages = stages if isinstance(stages, tuple | list) else (stages,)
+                options[name] = tuple(self._nested(stage) for stage in stages)
+        return options
+
+    def _nested(self, stage: Any) -> Any:
+        if not isinstance(stage, str | ComponentSpec | Mapping):
+            return stage
+        spec = ComponentSpec.of(stage)
+        if spec.use == "auto" and self._auto is not None:
+            spec = self._auto
+        spec = self._known_drafter(spec)
+        component = self.plugins.component("drafter", spec.use)
+        return component.make(self._options(component.info, dict(spec.options)))
+
+    def _drafter(self, target: TargetInfo, model: ModelInfo) -> Any:
+        self._auto = self.plugins.drafter_for(target, model)
+        spec = self.spec.drafter
+        if spec.use == "auto":
+            if self._auto is None:
+                self._problem(
+                    "drafter",
+                    f"no drafter is known for {target.name}",
+                    "name one: --drafter CHECKPOINT, prompt-lookup or none",
+                )
+                return None
+            spec = ComponentSpec(self._auto.use, self._auto.options + spec.options)
+        resolved = self._attempt("drafter", lambda: self._known_drafter(spec))
+        if resolved is None:
+            return None
+        if self._auto is not None and resolved.use == self._auto.use and not resolved.options:
+            resolved = self._auto  # `--drafter dflash` for a target whose checkpoint is known
+        self.spec = attrs.evolve(self.spec, drafter=resolved)
+        return self._make("drafter", resolved)
+
+    def _known_drafter(self, spec: ComponentSpec) -> ComponentSpec:
+        """A registered name as it is; a folder or repository as the drafter that serves it."""
+        if canonical(spec.use) in self.plugins.names("drafter"):
+            return attrs.evolve(spec, use=canonical(spec.use))
+        if "/" not in spec.use and not Path(spec.use).exists():
+            raise UnknownNameError("drafter", spec.use, self.plugins.names("drafter"))
+        path = self.plugins.locate_model(spec.use)
+        found = self.plugins.drafter_for_checkpoint(ModelInfo.from_path(path, spec.use))
+        if found is None:
+            raise UsageError(f"no drafter serves the checkpoint {spec.use}")
+        return ComponentSpec(found.use, found.options + spec.options)
+
+    def _width_spec(self, drafter: Any) -> ComponentSpec | None:
+        spec = self.spec.width
+        if drafter is None and spec.use == "auto":
+            return None
+        if spec.use == "auto":
+            spec = ComponentSpec.make("fixed", {"tokens": drafter.info.default_width})
+            self.spec = attrs.evolve(self.spec, width=spec)
+        return spec
+
+    def _rollbacks(self, target: TargetInfo) -> dict[CacheKind, CacheRollback]:
+        kinds = tuple(dict.fromkeys(target.cache_kinds))
+        chosen = self._chosen_rollbacks(kinds)
+        made: dict[CacheKind, CacheRollback] = {}
+        for kind in kinds:
+            spec = chosen.get(kind)
+            if spec is None:
+                name = self.plugins.rollback_for(kind, target)
+                if name is None:
+                    hint = "name one that serves it"
+                    self._problem("rollback", f"none known for {kind}", hint)
+                    continue
+                spec = ComponentSpec(name)
+            rollback = self._make("rollback", spec)
+            if rollback is None:
+                continue
+            if kind not in rollback.info.cache_kinds:
+                serves = ", ".join(rollback.info.cache_kinds)
+                self._problem(
+                    "rollback",
+                    f"{rollback.info.name!r} cannot take back {kind} caches",
+                    f"it serves {serves}",
+                )
+            made[kind] = rollback
+        return made
+
+    def _chosen_rollbacks(self, kinds: tuple[CacheKind, ...]) -> dict[CacheKind, ComponentSpec]:
+        spec = self.spec.rollback
+        if isinstance(spec, ComponentSpec):
+            if spec.use == "auto":
+                return {}
+            component = self._attempt(
+                "rollback", lambda: self.plugins.component("rollback", spec.use)
+            )
+            if component is None:
+                return {}
+            served = [kind for kind in kinds if kind in component.info.cache_kinds]
+            if not served:
+                self._problem(
+                    "rollback",
+                    f"{spec.use!r} serves no cache of this target",
+                    f"it has {', '.join(kinds)} caches",
+                )
+            return dict.fromkeys(served, spec)
+        chosen = {}
+        for name, component_spec in spec:
+            kind = canonical(name)
+            if kind not in set(CacheKind):
+                hint = did_you_mean(kind, [str(k) for k in CacheKind])
+                self._problem("rollback", f"unknown cache kind {name!r}", hint)
+            elif kind in kinds:
+                chosen[CacheKind(kind)] = component_spec
+        return chosen
+
+    # --- graph -------------------------------------------------------------------------------
+
+    def _graph(
+        self, target: TargetInfo, made: tuple[Any, ...], rollbacks: Mapping[CacheKind, Any]
+    ) -> tuple[Graph | None, dict[str, CycleNode]]:
+        nodes: dict[str, CycleNode] = {}
+        if any(component is None for component in made):
+            for insert in self.spec.inserts:  # still say what is wrong with these
+                self._make("node", insert.component)
+            return None, nodes
+        drafter, verifier, acceptance, width = made[:4]
+        notes = (
+            ("target", f"{target.name} ({target.model_type}, {target.num_layers} layers)"),
+            ("adapter", target.adapter),
+            ("dtype", self.spec.dtype),
+        )
+        standard = standard_nodes(
+            _width_name(width),
+            drafter.info.name,
+            verifier.info.name,
+            acceptance.info.name,
+            _rollback_name(rollbacks),
+        )
+        graph = Graph(tuple(standard), title=f"pipeline for {target.name}", notes=notes)
+        for insert in self.spec.inserts:
+            component = self._make("node", insert.component)
+            if component is None:
+                continue
+            info = component.info
+            node = Node(info.name, info.name, info.inputs, info.outputs, custom=True)
+            before = set(graph.names)
+            place = partial(graph.insert, node, after=insert.after, before=insert.before)
+            graph = self._attempt("insert", place) or graph
+            nodes.update(dict.fromkeys(set(graph.names) - before, component))
+        return graph, nodes
+
+    def _check_needs(
+        self,
+        target: TargetInfo,
+        made: tuple[Any, ...],
+        nodes: Mapping[str, CycleNode],
+        sampling: SamplingParams | None,
+    ) -> None:
+        drafter, _, acceptance, width = made[:4]
+        for component in (*made, *nodes.values()):
+            if component is None:
+                continue
+            if isinstance(component, Checkable):
+                self.problems += component.check(target)
+            if Need.TAPE in component.info.needs and not any(
+                kind in target.tape_kinds for kind in component.info.cache_kinds
+            ):
+                self._problem(
+                    component.info.name,
+                    "needs a tape, which no layer can record",
+                    f"adapter {target.adapter!r} records none; use snapshot",
+                )
+        if drafter is not None:
+            self._check_drafter(target, drafter, acceptance, width)
+        greedy_only = acceptance is not None and acceptance.info.preserves is Preserves.GREEDY
+        if greedy_only and sampling is not None and not sampling.greedy:
+            message = f"{acceptance.info.name!r} is greedy, temperature is not 0"
+            self._problem("acceptance", message, "use speculative-sampling")
+
+    def _check_drafter(self, target: TargetInfo, drafter: Any, acceptance: Any, width: Any) -> None:
+        info = drafter.info
+        if info.tap_layers and not target.can_tap:
+            self._problem(info.name, f"needs hidden states, adapter {target.adapter!r} has no taps")
+        outside = [layer for layer in info.tap_layers if not 0 <= layer < target.num_layers]
+        if outside:
+            self._problem(
+                info.name,
+                f"reads layers {outside}, the target has {target.num_layers}",
+                "is this the drafter of another target?",
+            )
+        wants_law = acceptance is not None and Need.DRAFT_PROBS in acceptance.info.needs
+        if wants_law and info.law is DraftLaw.DETERMINISTIC:
+            message = f"needs q, drafter {info.name!r} has none"
+            self._problem(acceptance.info.name, message)
+        tokens = getattr(width, "tokens", None)
+        if tokens is not None and info.max_width is not None and tokens > info.max_width:
+            message = f"block size {tokens + 1} is above the drafter's {info.max_width + 1}"
+            hint = f"{info.name!r} proposes at most {info.max_width} tokens"
+            self._problem("width", message, hint)
+
+
+def _rollback_name(rollbacks: Mapping[CacheKind, CacheRollback]) -> str:
+    return " + ".join(sorted({r.info.name for r in rollbacks.values()})) or "none"
+
+
+def _width_name(width: WidthPolicy) -> str:
+    tokens = getattr(width, "tokens", None)
+    return width.info.name if tokens is None else f"{width.info.name} {tokens}"
+
+
+def _names(
+    target: TargetInfo,
+    drafter: Drafter,
+    verifier: Verifier,
+    acceptance: AcceptancePolicy,
+    rollbacks: Mapping[CacheKind, CacheRollback],
+    width: WidthPolicy,
+) -> dict[str, str]:
+    return {
+        "target": target.name,
+        "adapter": target.adapter,
+        "drafter": drafter.info.name,
+        "verifier": verifier.info.name,
+        "acceptance": acceptance.info.name,
+        "rollback": _rollback_name(rollbacks),
+        "width": _width_name(width),
+    }
