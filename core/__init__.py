@@ -2,60 +2,73 @@
 
 A small drafter proposes a block of tokens, the target verifies them in one pass, an acceptance
 policy keeps the right prefix, a rollback takes the caches back. Every part is a component behind
-a pluggy hook; a builder wires parts into a checked graph. Importing this has no side effects.
+a pluggy hook; a builder wires parts into a checked graph. Importing this has no side effects,
+and is quick: names are loaded from their modules at first use.
 """
 
-from draftloom.api import load, stream_generate
-from draftloom.builder import PipelineBuilder
-from draftloom.contracts import (
-    AcceptancePolicy,
-    Bindable,
-    BindContext,
-    CacheKind,
-    CacheRollback,
-    Checkable,
-    ComponentInfo,
-    CycleNode,
-    Draft,
-    Drafter,
-    DraftLaw,
-    DraftRequest,
-    DraftSession,
-    LayerSpeculation,
-    LoadedModel,
-    Need,
-    Port,
-    Preserves,
-    Resolvable,
-    Speculation,
-    TargetAdapter,
-    TargetInfo,
-    TargetOutput,
-    Verifier,
-    Width,
-    WidthPolicy,
-)
-from draftloom.errors import (
-    DrafterFallbackWarning,
-    DraftloomError,
-    GenerationError,
-    GraphError,
-    ModelError,
-    PluginError,
-    Problem,
-    UnknownNameError,
-    UnsupportedModelError,
-    UsageError,
-)
-from draftloom.events import CycleEvent, FailureEvent, GenerationStats, PrefillEvent
-from draftloom.graph import Graph, Node
-from draftloom.hookspecs import Register, hookimpl
-from draftloom.model_info import ModelInfo
-from draftloom.pipeline import Chunk, GenerateOptions, GenerationResult, Pipeline, TextGeneration
-from draftloom.plugins import PluginManager
-from draftloom.resolver import Blueprint
-from draftloom.sampling import SamplingParams, SamplingState
-from draftloom.spec import ComponentSpec, InsertSpec, PipelineSpec
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from draftloom.api import load, stream_generate
+    from draftloom.builder import PipelineBuilder
+    from draftloom.contracts import (
+        AcceptancePolicy,
+        Bindable,
+        BindContext,
+        CacheKind,
+        CacheRollback,
+        Checkable,
+        ComponentInfo,
+        CycleNode,
+        Draft,
+        Drafter,
+        DraftLaw,
+        DraftRequest,
+        DraftSession,
+        LayerSpeculation,
+        LoadedModel,
+        Need,
+        Port,
+        Preserves,
+        Resolvable,
+        Speculation,
+        TargetAdapter,
+        TargetInfo,
+        TargetOutput,
+        Verifier,
+        Width,
+        WidthPolicy,
+    )
+    from draftloom.errors import (
+        DrafterFallbackWarning,
+        DraftloomError,
+        GenerationError,
+        GraphError,
+        ModelError,
+        PluginError,
+        Problem,
+        UnknownNameError,
+        UnsupportedModelError,
+        UsageError,
+    )
+    from draftloom.events import CycleEvent, FailureEvent, GenerationStats, PrefillEvent
+    from draftloom.graph import Graph, Node
+    from draftloom.hookspecs import Register, hookimpl
+    from draftloom.model_info import ModelInfo
+    from draftloom.pipeline import (
+        Chunk,
+        GenerateOptions,
+        GenerationResult,
+        Pipeline,
+        TextGeneration,
+    )
+    from draftloom.plugins import PluginManager
+    from draftloom.resolver import Blueprint
+    from draftloom.sampling import SamplingParams, SamplingState
+    from draftloom.spec import ComponentSpec, InsertSpec, PipelineSpec
 
 __version__ = "0.1.0"
 
@@ -122,3 +135,97 @@ __all__ = [
     "load",
     "stream_generate",
 ]
+
+_EXPORTS = {
+    "api": (
+        "load",
+        "stream_generate",
+    ),
+    "builder": ("PipelineBuilder",),
+    "contracts": (
+        "AcceptancePolicy",
+        "Bindable",
+        "BindContext",
+        "CacheKind",
+        "CacheRollback",
+        "Checkable",
+        "ComponentInfo",
+        "CycleNode",
+        "Draft",
+        "Drafter",
+        "DraftLaw",
+        "DraftRequest",
+        "DraftSession",
+        "LayerSpeculation",
+        "LoadedModel",
+        "Need",
+        "Port",
+        "Preserves",
+        "Resolvable",
+        "Speculation",
+        "TargetAdapter",
+        "TargetInfo",
+        "TargetOutput",
+        "Verifier",
+        "Width",
+        "WidthPolicy",
+    ),
+    "errors": (
+        "DrafterFallbackWarning",
+        "DraftloomError",
+        "GenerationError",
+        "GraphError",
+        "ModelError",
+        "PluginError",
+        "Problem",
+        "UnknownNameError",
+        "UnsupportedModelError",
+        "UsageError",
+    ),
+    "events": (
+        "CycleEvent",
+        "FailureEvent",
+        "GenerationStats",
+        "PrefillEvent",
+    ),
+    "graph": (
+        "Graph",
+        "Node",
+    ),
+    "hookspecs": (
+        "Register",
+        "hookimpl",
+    ),
+    "model_info": ("ModelInfo",),
+    "pipeline": (
+        "Chunk",
+        "GenerateOptions",
+        "GenerationResult",
+        "Pipeline",
+        "TextGeneration",
+    ),
+    "plugins": ("PluginManager",),
+    "resolver": ("Blueprint",),
+    "sampling": (
+        "SamplingParams",
+        "SamplingState",
+    ),
+    "spec": (
+        "ComponentSpec",
+        "InsertSpec",
+        "PipelineSpec",
+    ),
+}
+"""The modules of core, and what each gives to the public API."""
+
+_MODULES = {name: module for module, names in _EXPORTS.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

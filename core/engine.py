@@ -139,7 +139,8 @@ class Engine:
         self.cache = parts.target.make_cache() if request.cache is None else request.cache
         self.stats = GenerationStats(prompt_tokens=len(request.prompt))
         self._limit = self._token_limit()
-        self._max_width = parts.drafter.info.max_width or UNLIMITED_WIDTH
+        widest = parts.drafter.info.max_width
+        self._max_width = UNLIMITED_WIDTH if widest is None else widest
         self._plan = parts.graph.compile(self._calls())
         self._drafter = GuardedDrafter(parts.drafter, self._vocab_size, self.stats)
         self._speculation: Speculation | None = None
@@ -195,7 +196,11 @@ class Engine:
                 before the failing cycle.
         """
         try:
-            self._prefill()
+            if not self._prefill():
+                seconds = time.perf_counter() - self._clock
+                yield CycleEvent(0, (), 0, 0, 0, "", seconds, "cancelled")
+                self.finish()
+                return
             self._plan.set("draft", Draft.empty())
             while self._last is None or self._last.finish_reason is None:
                 event = self._cycle(0 if self._last is None else self._last.index + 1)
@@ -241,13 +246,16 @@ class Engine:
         row: mx.array = self._plan.get("logits")[0, index]
         return row
 
-    def _prefill(self) -> None:
+    def _prefill(self) -> bool:
+        """Run all of the prompt but its last token; False where it was cancelled."""
         parts, prompt = self._parts, self._request.prompt
         self._drafter.open(DraftRequest((prompt,), self.sampling, self._vocab_size))
         report = self._request.on_prefill or (lambda done, total: None)
         total = len(prompt)
         report(0, total)
         for start in range(0, total - 1, self._request.prefill_chunk):
+            if self._cancelled():
+                return False
             chunk = prompt[start : min(start + self._request.prefill_chunk, total - 1)]
             try:
                 features = parts.target.forward(mx.array([chunk]), self.cache).features
@@ -259,6 +267,10 @@ class Engine:
             self._drafter.observe(chunk, features)
             report(start + len(chunk), total)
             mx.clear_cache()
+        return True
+
+    def _cancelled(self) -> bool:
+        return self._request.cancelled is not None and self._request.cancelled()
 
     def _cycle(self, index: int) -> CycleEvent:
         """Verify what is on the draft port, settle, and say what happened."""
@@ -396,7 +408,7 @@ class Engine:
     def _decide(self, accepted: int, tokens: tuple[int, ...]) -> Outcome:
         """Cut the block where the text ends."""
         request = self._request
-        if request.cancelled is not None and request.cancelled():
+        if self._cancelled():
             return Outcome(accepted, None, (), (), "cancelled")
         reason: FinishReason | None = None
         tokens = tokens[: self._limit - self.stats.generated_tokens]

@@ -201,6 +201,9 @@ class Graph:
             text = node.name if node.component == "engine" else f"{node.name}<br/>{node.component}"
             lines.append(f'    {ids[node.name]}["{text}"]')
         for producer, consumer, port, carried in self.edges():
+            if not producer:
+                lines.append(f'    missing{{{{"?"}}}} -->|"{port}"| {ids[consumer]}')
+                continue
             arrow = "-.->" if carried else "-->"
             lines.append(f'    {ids[producer]} {arrow}|"{port}"| {ids[consumer]}')
         return "\n".join(lines)

@@ -112,7 +112,9 @@ class Component:
         factory = self.load()
         if inspect.isclass(factory) and factory.__init__ is object.__init__:
             return {}
-        return dict(inspect.signature(factory).parameters)
+        collecting = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        parameters = inspect.signature(factory).parameters
+        return {name: p for name, p in parameters.items() if p.kind not in collecting}
 
     def make(self, options: Mapping[str, Any]) -> Any:
         """Make the component.
@@ -212,7 +214,21 @@ class PluginManager:
         for kind, hook in KINDS.items():
             register = getattr(plugin, hook, None)
             if register is not None and self._manager.parse_hookimpl_opts(plugin, hook) is not None:
-                register(register=self._registrar(kind, name))
+                self._collect(register, kind, name)
+
+    def _collect(self, register: Any, kind: str, plugin: str) -> None:
+        """Let a plugin register; whatever it raises is an error that names its distribution."""
+        try:
+            register(register=self._registrar(kind, plugin))
+        except PluginError:
+            raise
+        except Exception as error:
+            distribution, version = self._distributions[plugin]
+            raise PluginError(
+                f"plugin {plugin!r} of {distribution} {version} failed in {KINDS[kind]}: "
+                f"{type(error).__name__}: {error}",
+                f"repair or uninstall {distribution}",
+            ) from error
 
     def _registrar(self, kind: str, plugin: str) -> hookspecs.Register:
         def register(name: str, factory: Any, info: ComponentInfo | None = None) -> None:

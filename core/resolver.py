@@ -17,6 +17,7 @@ from draftloom.contracts import (
     CacheKind,
     CacheRollback,
     Checkable,
+    ComponentInfo,
     CycleNode,
     Drafter,
     DraftLaw,
@@ -39,7 +40,7 @@ from draftloom.graph import Graph, Node, standard_nodes
 from draftloom.model_info import ModelInfo
 from draftloom.plugins import PluginManager, canonical
 from draftloom.sampling import SamplingParams
-from draftloom.spec import ComponentSpec, PipelineSpec
+from draftloom.spec import SAMPLING_KEYS, ComponentSpec, PipelineSpec
 
 __all__ = ["DTYPES", "Blueprint", "Resolver"]
 
@@ -150,6 +151,10 @@ class Resolver:
             )
 
     def _sampling(self) -> SamplingParams:
+        unknown = [name for name, _ in self.spec.sampling if name not in SAMPLING_KEYS]
+        if unknown:
+            hint = did_you_mean(unknown[0], SAMPLING_KEYS)
+            raise UsageError(f"unknown parameter {unknown[0]!r}", hint)
         return SamplingParams(**dict(self.spec.sampling))  # type: ignore[arg-type]
 
     # --- components --------------------------------------------------------------------------
@@ -160,12 +165,14 @@ class Resolver:
 
         def make() -> Any:
             component = self.plugins.component(kind, spec.use)
-            return component.make(self._options(component.info, dict(spec.options)))
+            options = self._options(component.info, dict(spec.options))
+            return None if options is None else component.make(options)
 
         return self._attempt(kind, make)
 
-    def _options(self, info: Any, options: dict[str, Any]) -> dict[str, Any]:
-        """Options as the factory takes them: models located, nested drafters made."""
+    def _options(self, info: ComponentInfo, options: dict[str, Any]) -> dict[str, Any] | None:
+        """Options as the factory takes them: models located, nested drafters made. None where a
+        nested one has problems, which are noted."""
         for name in info.model_options:
             if isinstance(options.get(name), str):
                 options[name] = self.plugins.locate_model(options[name])
@@ -173,7 +180,10 @@ class Resolver:
             if name in options:
                 stages = options[name]
                 stages = stages if isinstance(stages, tuple | list) else (stages,)
-                options[name] = tuple(self._nested(stage) for stage in stages)
+                made = [self._attempt("drafter", partial(self._nested, s)) for s in stages]
+                if None in made:
+                    return None
+                options[name] = tuple(made)
         return options
 
     def _nested(self, stage: Any) -> Any:
@@ -183,8 +193,7 @@ class Resolver:
         if spec.use == "auto" and self._auto is not None:
             spec = self._auto
         spec = self._known_drafter(spec)
-        component = self.plugins.component("drafter", spec.use)
-        return component.make(self._options(component.info, dict(spec.options)))
+        return self._make("drafter", spec)
 
     def _drafter(self, target: TargetInfo, model: ModelInfo) -> Any:
         self._auto = self.plugins.drafter_for(target, model)
@@ -329,7 +338,8 @@ class Resolver:
             if component is None:
                 continue
             if isinstance(component, Checkable):
-                self.problems += component.check(target)
+                check = partial(_all_problems, component, target)
+                self.problems += self._attempt(component.info.name, check) or ()
             if Need.TAPE in component.info.needs and not any(
                 kind in target.tape_kinds for kind in component.info.cache_kinds
             ):
@@ -365,6 +375,10 @@ class Resolver:
             message = f"block size {tokens + 1} is above the drafter's {info.max_width + 1}"
             hint = f"{info.name!r} proposes at most {info.max_width} tokens"
             self._problem("width", message, hint)
+
+
+def _all_problems(component: Checkable, target: TargetInfo) -> list[Problem]:
+    return list(component.check(target))
 
 
 def _rollback_name(rollbacks: Mapping[CacheKind, CacheRollback]) -> str:

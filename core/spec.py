@@ -23,9 +23,13 @@ SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "seed")
 
 
 def _freeze(value: Any) -> Any:
-    """Options as hashable, comparable data: lists become tuples, tables become specs."""
-    if isinstance(value, Mapping):
-        return ComponentSpec.of(value)
+    """Options as hashable, comparable data: lists become tuples, components become specs (a
+    component without options becomes its name, as it is written)."""
+    if isinstance(value, ComponentSpec | Mapping):
+        if isinstance(value, Mapping) and "use" not in value:
+            raise UsageError(f"a table among options needs 'use', got {dict(value)!r}")
+        spec = ComponentSpec.of(value)
+        return spec if spec.options else spec.use
     if isinstance(value, list | tuple):
         return tuple(_freeze(v) for v in value)
     return value
@@ -55,8 +59,10 @@ class ComponentSpec:
         if isinstance(value, str):
             return cls(value)
         if isinstance(value, Mapping):
-            rest = {k: v for k, v in value.items() if k != "use"}
-            return cls.make(str(value.get("use", AUTO)), rest)
+            use = value.get("use", AUTO)
+            if not isinstance(use, str):
+                raise UsageError(f"'use' must be a name, got {use!r}")
+            return cls.make(use, {k: v for k, v in value.items() if k != "use"})
         raise UsageError(f"a component is a name or a table with 'use', got {value!r}")
 
     @classmethod
@@ -155,6 +161,8 @@ class PipelineSpec:
                 continue
             try:
                 fields["inserts" if key == "insert" else key] = reader(value)
+            except GraphError as error:
+                problems += [attrs.evolve(p, where=f"{where}: {key}") for p in error.problems]
             except UsageError as error:
                 problems.append(Problem(f"{where}: {key}", error.message, error.hint))
         if problems:
@@ -194,7 +202,7 @@ def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
+        return _quoted(value)
     if isinstance(value, int | float):
         return repr(value)
     if isinstance(value, list | tuple):
@@ -205,7 +213,12 @@ def _toml(value: Any) -> str:
 
 
 def _key(key: str) -> str:
-    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key)
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _quoted(key)
+
+
+def _quoted(text: str) -> str:
+    """A TOML string: JSON's escapes, and the one control character that JSON leaves as it is."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 # --- readers of the top-level keys -----------------------------------------------------------
@@ -232,11 +245,15 @@ def _rollback(value: Any) -> ComponentSpec | tuple[tuple[str, ComponentSpec], ..
 def _sampling(value: Any) -> tuple[tuple[str, float | int], ...]:
     if not isinstance(value, Mapping):
         raise UsageError(f"expected a table, got {value!r}")
+    problems = []
     for key, number in value.items():
         if key not in SAMPLING_KEYS:
-            raise UsageError(f"unknown key {key!r}", did_you_mean(key, SAMPLING_KEYS))
-        if isinstance(number, bool) or not isinstance(number, int | float):
-            raise UsageError(f"{key} must be a number, got {number!r}")
+            hint = did_you_mean(key, SAMPLING_KEYS)
+            problems.append(Problem("sampling", f"unknown key {key!r}", hint))
+        elif isinstance(number, bool) or not isinstance(number, int | float):
+            problems.append(Problem("sampling", f"{key} must be a number, got {number!r}"))
+    if problems:
+        raise GraphError(problems)
     return tuple(sorted(value.items()))
 
 

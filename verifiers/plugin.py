@@ -25,5 +25,6 @@ def register_acceptance_policies(register: Register) -> None:
 
 @hookimpl
 def register_width_policies(register: Register) -> None:
-    """fixed."""
+    """fixed, adaptive."""
     register("fixed", "draftloom.verifiers.width.fixed:FixedWidth")
+    register("adaptive", "draftloom.verifiers.width.adaptive:AdaptiveWidth")

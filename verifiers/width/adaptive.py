@@ -1,0 +1,147 @@
+"""Adaptive width: as many draft tokens as pay here and now, down to none.
+
+Both sides are measured while the text is written. What a cycle costs: wall seconds of plain
+cycles, and a line through the seconds of speculative ones over their width. What it brings: the
+share of accepted tokens at each position among the cycles that got so far. The width with the
+most expected tokens a second is taken; where no width beats plain decoding the drafter is parked,
+and asked again from time to time within a small share of the time spent.
+"""
+
+from __future__ import annotations
+
+import attrs
+
+from draftloom.contracts import ComponentInfo, Width
+
+__all__ = ["AdaptiveWidth"]
+
+FIRST_WIDTHS = (2, 6)
+"""Widths of the first speculative cycles: two points for the line."""
+PRIOR, PRIOR_WEIGHT = 0.7, 2.0
+"""Acceptance rate assumed of a position before it was seen, and how many cycles that counts."""
+MARGIN = 1.02
+"""Speculation must promise this much more than plain decoding."""
+
+
+@attrs.define
+class _Line:
+    """Least squares of seconds over width, old cycles fading.
+
+    Attributes:
+        decay: weight that a cycle keeps with each one after it.
+    """
+
+    decay: float
+    weight: float = 0.0
+    x: float = 0.0
+    y: float = 0.0
+    xx: float = 0.0
+    xy: float = 0.0
+
+    def add(self, width: float, seconds: float) -> None:
+        expected = self.at(width)
+        if expected is not None:  # one stall of the machine is not the price of a width
+            seconds = min(seconds, 3 * expected)
+        for name, value in (
+            ("weight", 1.0),
+            ("x", width),
+            ("y", seconds),
+            ("xx", width * width),
+            ("xy", width * seconds),
+        ):
+            setattr(self, name, getattr(self, name) * self.decay + value)
+
+    def at(self, width: float) -> float | None:
+        """Seconds at a width; None before anything was seen."""
+        if not self.weight:
+            return None
+        mean_x, mean_y = self.x / self.weight, self.y / self.weight
+        variance = self.xx / self.weight - mean_x * mean_x
+        slope = (self.xy / self.weight - mean_x * mean_y) / variance if variance > 1e-6 else 0.0
+        slope = max(slope, 0.0)
+        return max(mean_y + slope * (width - mean_x), mean_y * 0.1)
+
+
+class AdaptiveWidth:
+    """Learns costs and acceptance from the cycles themselves.
+
+    Args:
+        tokens: the widest draft it may choose; None is the drafter's most (16 without one).
+        probe_share: share of the time that asking a parked drafter may take, 0..1.
+        memory: cycles after which a cycle counts about a third.
+    """
+
+    info = ComponentInfo("adaptive", "as many tokens as pay, down to plain decoding")
+
+    def __init__(
+        self, tokens: int | None = None, probe_share: float = 0.02, memory: int = 32
+    ) -> None:
+        if tokens is not None and tokens < 1:
+            raise ValueError(f"tokens must be at least 1, got {tokens}")
+        if not 0 <= probe_share < 1:
+            raise ValueError(f"probe_share must be in [0, 1), got {probe_share}")
+        if memory < 1:
+            raise ValueError(f"memory must be at least 1 cycle, got {memory}")
+        self._most = tokens
+        self._probe_share = probe_share
+        self._decay = 1 - 1 / memory
+        self._plain = _Line(self._decay)
+        self._speculative = _Line(self._decay)
+        self._explored = 0
+        self._reached: list[float] = []
+        self._accepted: list[float] = []
+        self._budget = 0.0
+
+    def choose(self, limit: int) -> Width:
+        """The widths of the next cycle."""
+        most = min(limit, 16 if self._most is None and limit > 64 else self._most or limit)
+        plain = self._plain.at(0)
+        if plain is None or most < 1:
+            return Width(0, 0)
+        if self._explored < len(FIRST_WIDTHS):
+            return self._width(FIRST_WIDTHS[self._explored], most)
+        best, rate = self._best(most)
+        if rate > MARGIN / plain:
+            return self._width(best, most)
+        cost = (self._speculative.at(best) or 0.0) - plain
+        if self._budget > cost > 0:
+            self._budget = 0.0
+            return self._width(best, most)
+        return Width(0, 0)
+
+    def observe(self, drafted: int, verified: int, accepted: int, seconds: float) -> None:
+        """Learn the price and the yield of a cycle."""
+        self._budget += self._probe_share * seconds
+        if not verified:
+            self._plain.add(0, seconds)
+            return
+        self._explored += 1
+        self._speculative.add(verified, seconds)
+        for counts in (self._reached, self._accepted):
+            counts.extend([0.0] * (verified - len(counts)))
+        for i in range(min(accepted + 1, verified)):
+            self._reached[i] = self._reached[i] * self._decay + 1
+            self._accepted[i] = self._accepted[i] * self._decay + (i < accepted)
+
+    def acceptance(self, position: int) -> float:
+        """Estimated share of accepted tokens at a position among the cycles that reach it."""
+        known = min(position, len(self._reached) - 1)
+        if known < 0:
+            return PRIOR
+        reached, accepted = self._reached[known], self._accepted[known]
+        return (accepted + PRIOR * PRIOR_WEIGHT) / (reached + PRIOR_WEIGHT)
+
+    def _best(self, most: int) -> tuple[int, float]:
+        """The width in 1..most with the most expected tokens a second, and that rate."""
+        best, best_rate, survives, tokens = 1, 0.0, 1.0, 1.0
+        for width in range(1, most + 1):
+            survives *= self.acceptance(width - 1)
+            tokens += survives
+            rate = tokens / (self._speculative.at(width) or float("inf"))
+            if rate > best_rate:
+                best, best_rate = width, rate
+        return best, best_rate
+
+    def _width(self, verify: int, most: int) -> Width:
+        verify = min(verify, most)
+        return Width(verify, verify)
