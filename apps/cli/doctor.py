@@ -1,0 +1,220 @@
+"""`draftloom doctor`: versions, device, compute types, kernels, and what a target would use."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import typer
+
+from .options import JsonOption, TargetOption
+from .state import state_of
+
+if TYPE_CHECKING:
+    from draftloom.model_info import ModelInfo
+    from draftloom.plugins import PluginManager
+
+__all__ = ["KernelChoice", "doctor", "kernel_choices"]
+
+DISTRIBUTIONS = (
+    "draftloom", "mlx", "mlx-cpu", "mlx-cuda-13", "mlx-metal", "mlx-lm", "transformers", "pluggy",
+)  # fmt: skip
+OPERATIONS = ("verify", "replay", "replay_verify", "prefill")
+BLOCK, PROMPT = 16, 512
+
+
+@attrs.frozen
+class KernelChoice:
+    """Which kernel an operation would use.
+
+    Attributes:
+        operation: such as ``gated-delta verify``.
+        kernel: the implementation chosen.
+        reason: why.
+        rejected: the others that were asked, and why not.
+    """
+
+    operation: str
+    kernel: str
+    reason: str
+    rejected: dict[str, str]
+
+
+def doctor(
+    context: typer.Context, target: TargetOption = None, as_json: JsonOption = False
+) -> None:
+    """Say what is installed, what runs here, and which kernels a target would use, and why."""
+    plugins = state_of(context).plugins
+    report = _report(plugins, target or "")
+    typer.echo(json.dumps(report, indent=2) if as_json else _describe(report))
+
+
+def _report(plugins: PluginManager, target: str) -> dict[str, Any]:
+    from draftloom.model_info import ModelInfo
+
+    path = plugins.locate_model(target)
+    model = ModelInfo.from_path(path, target or path.parent.name)
+    info = plugins.adapter_for(model).load().describe(model)
+    drafter = plugins.drafter_for(info, model)
+    kinds = sorted(set(info.cache_kinds))
+    dtype, advice = _dtype_advice()
+    return {
+        "versions": _versions(),
+        "device": _device(),
+        "dtype": {"auto": dtype, "advice": advice},
+        "target": {
+            "name": info.name,
+            "model_type": info.model_type,
+            "adapter": info.adapter,
+            "cache_kinds": [str(kind) for kind in kinds],
+            "context_limit": info.context_limit,
+            "drafter": None if drafter is None else drafter.as_data(),
+            "rollbacks": {
+                str(kind): plugins.rollback_for(kind, info)
+                for kind in sorted(set(info.cache_kinds))
+            },
+        },
+        "kernels": {
+            "registered": {c.name: c.info.summary for c in plugins.components("kernel")},
+            "choices": [attrs.asdict(choice) for choice in kernel_choices(model)],
+        },
+        "plugins": [
+            f"{p.name} ({p.distribution} {p.version})".replace(" )", ")")
+            for p in plugins.plugins()
+            if p.distribution != "draftloom"
+        ],
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in DISTRIBUTIONS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # a backend of another platform
+            continue
+    return found
+
+
+def _device() -> dict[str, Any]:
+    import mlx.core as mx
+
+    details = mx.device_info()
+    backend = "metal" if mx.metal.is_available() else "cuda" if mx.cuda.is_available() else "cpu"
+    kept = ("device_name", "architecture", "memory_size", "max_recommended_working_set_size")
+    return {
+        "backend": backend,
+        "default": str(mx.default_device()),
+        **{key: details[key] for key in kept if key in details},
+    }
+
+
+def _dtype_advice() -> tuple[str, list[str]]:
+    """What `--dtype auto` does here, and what to know about the types of this device."""
+    import mlx.core as mx
+
+    if mx.default_device() == mx.Device(mx.cpu):
+        auto = "float32 (unquantized) below 1B parameters, above that the stored type"
+        return auto, [
+            "verification is bit-equal to plain decoding in every type",
+            "matrix products cost in proportion to the block: speculation saves no time on a CPU; "
+            "small blocks (--block-size 4) lose the least",
+        ]
+    auto = "the stored type"
+    if mx.cuda.is_available():
+        return auto, [
+            "bfloat16 is the fastest; its products depend on the number of rows, so that two "
+            "nearly equal logits may change places: `draftloom audit` tells ties from bugs, "
+            "--verifier sequential is exact",
+            "float32 products use TF32 unless MLX_ENABLE_TF32=0 is set",
+        ]
+    return auto, [
+        "bfloat16 and quantized weights as stored; two nearly equal logits may change places: "
+        "`draftloom audit` tells ties from bugs, --verifier sequential is exact",
+    ]
+
+
+def kernel_choices(model: ModelInfo) -> list[KernelChoice]:
+    """Which kernels the gated-delta layers of a model would use here; none without such layers.
+
+    Asks for a block of `BLOCK` tokens and a prompt chunk of `PROMPT`, B = 1.
+    """
+    import mlx.core as mx
+
+    from draftloom.kernels.gated_delta import Request, choose
+
+    config = model.text_config
+    keys = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim")
+    sizes = [config.get(f"linear_{key}") for key in keys]
+    if not all(isinstance(size, int) and size > 0 for size in sizes):
+        return []
+    on_cpu = mx.default_device() == mx.Device(mx.cpu)
+    found = []
+    for operation in OPERATIONS:
+        request = Request(
+            operation=operation,
+            dtype=mx.float32 if on_cpu else _stored_dtype(model),
+            batch=1,
+            tokens=PROMPT if operation == "prefill" else BLOCK,
+            key_heads=sizes[0],
+            value_heads=sizes[1],
+            key_size=sizes[2],
+            value_size=sizes[3],
+            device="cpu" if on_cpu else "gpu",
+        )
+        choice = choose(request)
+        name = f"gated-delta {operation}"
+        found.append(KernelChoice(name, choice.name, choice.reason, dict(choice.rejected)))
+    return found
+
+
+def _stored_dtype(model: ModelInfo) -> Any:
+    import mlx.core as mx
+
+    names = (
+        model.config.get(key) or model.text_config.get(key) for key in ("dtype", "torch_dtype")
+    )
+    name = next((str(n) for n in names if n), "bfloat16")
+    return {"float32": mx.float32, "float16": mx.float16}.get(name, mx.bfloat16)
+
+
+def _describe(report: dict[str, Any]) -> str:
+    lines = ["versions"]
+    lines += [f"  {name:<14}{value}" for name, value in report["versions"].items()]
+    lines.append("device")
+    for name, value in report["device"].items():
+        shown = f"{value / 2**30:.1f} GiB" if "size" in name else value
+        lines.append(f"  {name.replace('_', ' '):<14}{shown}")
+    lines += ["compute type", f"  auto          {report['dtype']['auto']}"]
+    lines += [f"  note          {note}" for note in report["dtype"]["advice"]]
+    target = report["target"]
+    rollbacks = ", ".join(f"{kind} by {name}" for kind, name in target["rollbacks"].items())
+    lines += [
+        "target",
+        f"  name          {target['name']} ({target['model_type']})",
+        f"  adapter       {target['adapter']}",
+        f"  drafter       {_drafter(target['drafter'])}",
+        f"  rollback      {rollbacks}",
+        f"  context       {target['context_limit'] or 'not stated'}",
+        "kernels",
+    ]
+    for choice in report["kernels"]["choices"]:
+        lines.append(f"  {choice['operation']}: {choice['kernel']} ({choice['reason']})")
+        lines += [f"    not {name}: {why}" for name, why in choice["rejected"].items()]
+    if not report["kernels"]["choices"]:
+        lines.append("  this target needs none (no gated-delta layers)")
+    lines += [f"  registered: {n}: {s}" for n, s in report["kernels"]["registered"].items()]
+    lines += ["third-party plugins", *(f"  {p}" for p in report["plugins"] or ["none"])]
+    return "\n".join(lines)
+
+
+def _drafter(found: Any) -> str:
+    if found is None:
+        return "none known: name one with --drafter (prompt-lookup needs no second model)"
+    if isinstance(found, str):
+        return found
+    rest = ", ".join(f"{k} {v}" for k, v in found.items() if k != "use")
+    return f"{found['use']} ({rest})"

@@ -1,0 +1,104 @@
+"""`draftloom generate`: one text from one prompt."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .generation import GenerationSinks, build, run_generation
+from .options import (
+    AcceptanceOption,
+    BlockSizeOption,
+    DrafterOption,
+    DtypeOption,
+    JsonOption,
+    MinPOption,
+    PipelineFlags,
+    PipelineOption,
+    RollbackOption,
+    SeedOption,
+    StopOption,
+    TargetOption,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
+    VerifierOption,
+    read_prompt,
+)
+from .output import TextPrinter, fallback_on_stderr, summary
+from .state import state_of
+from .trace import TraceFile
+
+__all__ = ["generate"]
+
+
+def generate(
+    context: typer.Context,
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="The prompt; else it is read from stdin.")
+    ] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Read the prompt from a file; - is stdin.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens to generate at most.")] = 256,
+    stop: StopOption = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--raw",
+            help="Put the prompt into the chat template, or take it as it is. "
+            "Default: chat where the tokenizer has a template.",
+        ),
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option(metavar="FILE.jsonl", help="Write one record a cycle.")
+    ] = None,
+    as_json: JsonOption = False,
+    target: TargetOption = None,
+    drafter: DrafterOption = None,
+    verifier: VerifierOption = None,
+    acceptance: AcceptanceOption = None,
+    rollback: RollbackOption = None,
+    block_size: BlockSizeOption = None,
+    pipeline: PipelineOption = None,
+    dtype: DtypeOption = None,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
+    top_k: TopKOption = None,
+    min_p: MinPOption = None,
+    seed: SeedOption = None,
+) -> None:
+    """Generate one text. It equals what the target would have written alone.
+
+    Ctrl-C ends it with what there is.
+    """
+    flags = PipelineFlags(
+        target=target, drafter=drafter, verifier=verifier, acceptance=acceptance,
+        rollback=rollback, block_size=block_size, pipeline=pipeline, dtype=dtype,
+        temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed,
+    )  # fmt: skip
+    text = read_prompt(prompt, prompt_file)
+    trace_file = None if trace is None else TraceFile(trace)
+    builder = flags.builder(state_of(context).plugins)
+    printer = TextPrinter()
+    with fallback_on_stderr(), build(builder) as built:
+        templated = built.tokenizer is not None and built.tokenizer.has_chat_template
+        as_chat = templated if chat is None else chat
+        result = run_generation(
+            built,
+            [{"role": "user", "content": text}] if as_chat else text,
+            GenerationSinks(on_text=_nowhere if as_json else printer.write, trace=trace_file),
+            {"max_tokens": max_tokens, "stop": tuple(stop or ())},
+        )
+    if as_json:
+        typer.echo(json.dumps(result.as_dict()))
+    else:
+        printer.end()
+        summary(result)
+
+
+def _nowhere(text: str) -> None:
+    """The text is part of the JSON object."""

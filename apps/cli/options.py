@@ -1,0 +1,272 @@
+"""The options that commands share, and how they become a pipeline builder."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import attrs
+import typer
+
+from draftloom.errors import UsageError
+
+if TYPE_CHECKING:
+    from draftloom.builder import PipelineBuilder
+    from draftloom.plugins import PluginManager
+
+__all__ = [
+    "AcceptanceOption",
+    "BlockSizeOption",
+    "DrafterOption",
+    "DtypeOption",
+    "JsonOption",
+    "MinPOption",
+    "PipelineFlags",
+    "PipelineOption",
+    "RollbackOption",
+    "SeedOption",
+    "StopOption",
+    "TargetOption",
+    "TemperatureOption",
+    "TopKOption",
+    "TopPOption",
+    "VerifierOption",
+    "given",
+    "parse_rollback",
+    "read_prompt",
+    "read_text",
+]
+
+PARTS = "Pipeline"
+SAMPLING = "Sampling"
+
+TargetOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIR|REPO",
+        help="Model whose text it is: a folder or a hub repository. Default: the bundled one.",
+        rich_help_panel=PARTS,
+    ),
+]
+DrafterOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME|DIR|REPO",
+        help="A registered drafter, or a checkpoint. Default: the target's own.",
+        rich_help_panel=PARTS,
+    ),
+]
+VerifierOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="How a draft is checked. Default: block.", rich_help_panel=PARTS
+    ),
+]
+AcceptanceOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="How much of it is kept. Default: auto.", rich_help_panel=PARTS
+    ),
+]
+RollbackOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME|KIND=NAME,...",
+        help="How caches are taken back, for all kinds of cache or by kind.",
+        rich_help_panel=PARTS,
+    ),
+]
+BlockSizeOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Tokens a cycle verifies, the last known one included. Default: the drafter's.",
+        rich_help_panel=PARTS,
+    ),
+]
+PipelineOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE.toml",
+        help="Read the pipeline from a file; other options go before what it says.",
+        rich_help_panel=PARTS,
+    ),
+]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TYPE",
+        help="Compute type: auto, float32, bfloat16 or float16. Default: auto.",
+        rich_help_panel=PARTS,
+    ),
+]
+TemperatureOption = Annotated[
+    float | None,
+    typer.Option(metavar="T", help="0 (default) is greedy.", rich_help_panel=SAMPLING),
+]
+TopPOption = Annotated[
+    float | None,
+    typer.Option(
+        metavar="P", help="Keep the likeliest tokens of this mass.", rich_help_panel=SAMPLING
+    ),
+]
+TopKOption = Annotated[
+    int | None,
+    typer.Option(metavar="K", help="Keep the K likeliest tokens.", rich_help_panel=SAMPLING),
+]
+MinPOption = Annotated[
+    float | None,
+    typer.Option(
+        metavar="P",
+        help="Drop tokens below this share of the likeliest one.",
+        rich_help_panel=SAMPLING,
+    ),
+]
+SeedOption = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Reproduces a sampled text.", rich_help_panel=SAMPLING),
+]
+StopOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="TEXT", help="End the text before this string. Can be repeated."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+@attrs.frozen(kw_only=True)
+class PipelineFlags:
+    """The options that choose a pipeline's parts; None is "not given".
+
+    Attributes:
+        target, drafter, verifier, acceptance, dtype: names as the builder takes them.
+        rollback: ``NAME``, or ``KIND=NAME,KIND=NAME``.
+        block_size: tokens a cycle verifies, the anchor included.
+        pipeline: a pipeline file; the other options override what it says.
+        temperature, top_p, top_k, min_p, seed: sampling parameters.
+    """
+
+    target: str | None = None
+    drafter: str | None = None
+    verifier: str | None = None
+    acceptance: str | None = None
+    rollback: str | None = None
+    block_size: int | None = None
+    pipeline: Path | None = None
+    dtype: str | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+
+    def builder(self, plugins: PluginManager) -> PipelineBuilder:
+        """The pipeline file, or the defaults, with what was given on top.
+
+        Raises:
+            UsageError: an option that cannot be read, or a block size below 1.
+            GraphError: the pipeline file says what is not known.
+        """
+        from draftloom.builder import PipelineBuilder
+        from draftloom.spec import PipelineSpec
+
+        spec = PipelineSpec() if self.pipeline is None else PipelineSpec.from_file(self.pipeline)
+        if self.target is not None:
+            spec = attrs.evolve(spec, target=self.target)
+        builder = PipelineBuilder(plugins=plugins, spec=spec)
+        if self.dtype is not None:
+            builder = builder.dtype(self.dtype)
+        for part in ("drafter", "verifier", "acceptance"):
+            name = getattr(self, part)
+            if name is not None:
+                builder = getattr(builder, part)(_name(part, name))
+        if self.rollback is not None:
+            builder = builder.rollback(parse_rollback(self.rollback))
+        if self.block_size is not None:
+            builder = builder.block_size(self.block_size)
+        sampling = {**dict(spec.sampling), **self._sampling()}
+        return builder.sampling(**sampling) if sampling else builder
+
+    def _sampling(self) -> dict[str, float]:
+        names = ("temperature", "top_p", "top_k", "min_p", "seed")
+        return {n: getattr(self, n) for n in names if getattr(self, n) is not None}
+
+
+def _name(option: str, value: str) -> str:
+    if not value.strip():
+        raise UsageError(f"--{option} is empty", "leave it out for the default")
+    return value
+
+
+def parse_rollback(text: str) -> str | dict[str, str]:
+    """Read ``NAME`` or ``KIND=NAME,KIND=NAME``.
+
+    Raises:
+        UsageError: neither of the two, or one kind twice.
+    """
+    if "=" not in text:
+        return _name("rollback", text)
+    chosen: dict[str, str] = {}
+    for part in text.split(","):
+        kind, _, name = (piece.strip() for piece in part.partition("="))
+        if not kind or not name:
+            raise UsageError(
+                f"--rollback cannot be read at {part.strip()!r}",
+                "write NAME, or KIND=NAME,KIND=NAME",
+            )
+        if kind in chosen:
+            raise UsageError(f"--rollback names {kind!r} twice", "once a cache kind")
+        chosen[kind] = name
+    return chosen
+
+
+def read_prompt(prompt: str | None, file: Path | None) -> str:
+    """The prompt: given, from a file (``-`` is stdin), or from stdin where it is piped.
+
+    Bytes are taken as they are: a newline at the end belongs to the prompt.
+
+    Raises:
+        UsageError: none of the three, two of them, or one that is empty or not UTF-8.
+    """
+    if prompt is not None and file is not None:
+        raise UsageError("both PROMPT and --prompt-file are given", "give one of them")
+    if prompt is not None:
+        source, text = "PROMPT", prompt
+    elif file is not None and str(file) != "-":
+        source, text = f"--prompt-file {file}", read_text(file, "prompt file")
+    elif file is None and sys.stdin.isatty():
+        raise UsageError("no prompt", "give PROMPT, --prompt-file FILE, or pipe text in")
+    else:
+        source, text = "stdin", _decode(sys.stdin.buffer.read(), "stdin")
+    if not text:
+        raise UsageError(f"the prompt is empty ({source})", "give some text")
+    return text
+
+
+def read_text(path: Path, what: str) -> str:
+    """A UTF-8 file with its line ends as they are.
+
+    Raises:
+        UsageError: it cannot be read, or is not UTF-8; names it.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UsageError(
+            f"{what} {path} cannot be read: {error.strerror or error}", "check path and permissions"
+        ) from error
+    return _decode(data, f"{what} {path}")
+
+
+def _decode(data: bytes, what: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{what} is not UTF-8: {error.reason} at byte {error.start}", "convert it to UTF-8"
+        ) from error
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """Those of the options that were given."""
+    return {name: value for name, value in options.items() if value is not None}

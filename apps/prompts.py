@@ -1,0 +1,40 @@
+"""Prompts written for draftloom: what `audit` runs where no file is named, and the demo's.
+
+They suit the bundled pair (which continues Python code) as well as models that know prose.
+"""
+
+from __future__ import annotations
+
+__all__ = ["AUDIT_PROMPTS", "DEMO_PROMPT"]
+
+AUDIT_PROMPTS = (
+    "def add(a, b):\n",
+    'class Stack:\n    """A last-in, first-out stack."""\n\n    def __init__(self):\n'
+    "        self._items = []\n\n    def push(self, item):\n",
+    "import json\nfrom pathlib import Path\n\n\ndef read_config(path):\n    text = Path(path)",
+    "The three colours of a traffic light are",
+    "def test_empty_list_has_no_maximum():\n    with pytest.raises(ValueError):\n",
+    "# Prüfe Umlaute, 日本語 and emoji 🙂\nNAMES = {\n    'ä': 'a',\n",
+)
+"""Short and long, code and prose, with and without characters outside ASCII."""
+
+DEMO_PROMPT = '''\
+class Registry:
+    """Keeps objects by name."""
+
+    def __init__(self):
+        self._items = {}
+
+    def register(self, name, item):
+        if name in self._items:
+            raise ValueError(f"{name!r} is already registered")
+        self._items[name] = item
+
+    def unregister(self, name):
+        if name not in self._items:
+            raise KeyError(name)
+        del self._items[name]
+
+    def get(self, name, default=None):
+'''
+"""The middle of library code: there the bundled pair is at its best."""
