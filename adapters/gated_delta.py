@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.gated_delta import compute_g, normalize_qk
 
-from draftloom.kernels.gated_delta import verify
+from draftloom.kernels.gated_delta import prefill, verify
 from draftloom.recording import RecordingEntry
 
 __all__ = ["Projections", "RecordingMixer", "project_qwen3_5", "project_qwen3_next"]
@@ -59,48 +59,58 @@ class RecordingMixer(nn.Module):
         self, inputs: mx.array, mask: mx.array | None = None, cache: Any | None = None
     ) -> mx.array:
         """Output [B, T, D] of inputs [B, T, D]."""
-        if not isinstance(cache, RecordingEntry):
+        recording = isinstance(cache, RecordingEntry)
+        if cache is None or not (recording or _has_faster_prefill(cache)):
             return self.mixer(inputs, mask, cache)
         qkv, z, b, a = self._project(self.mixer, inputs)
-        output = _recorded_pass(self.mixer, qkv, a, b, mask, cache)
+        window, (q, k, v) = _convolve(self.mixer, qkv, mask, cache)
+        state = cache[1]
+        if state is None:
+            state = mx.zeros((*v.shape[:1], *v.shape[2:], k.shape[-1]), dtype=mx.float32)
+        g = compute_g(self.mixer.A_log, a, self.mixer.dt_bias)
+        if isinstance(cache, RecordingEntry):
+            output, tape, cache[1] = verify(q, k, v, g, mx.sigmoid(b), state, mask)
+            cache.record(tape, window)
+        else:
+            output, cache[1] = prefill(q, k, v, g, mx.sigmoid(b), state, mask)
+        cache.advance(inputs.shape[1])
         output = self.mixer.norm(output, z)
         return self.mixer.out_proj(output.reshape(*inputs.shape[:2], -1))
 
 
-def _recorded_pass(
-    mixer: Any,
-    qkv: mx.array,
-    a: mx.array,
-    b: mx.array,
-    mask: mx.array | None,
-    entry: RecordingEntry,
-) -> mx.array:
-    """Convolution and recurrence [B, T, Hv, Dv], recorded. Order of operations as in mlx-lm."""
+def _has_faster_prefill(cache: Any) -> bool:
+    """Whether our prefill is to be taken instead of mlx-lm's.
+
+    Off Metal mlx-lm runs the recurrence token by token. On the CPU that is the order of operations
+    to keep; on CUDA the kernel of the same rule takes its place.
+    """
+    on_gpu = mx.default_device() == mx.Device(mx.gpu)
+    return on_gpu and not mx.metal.is_available() and cache.lengths is None
+
+
+def _convolve(
+    mixer: Any, qkv: mx.array, mask: mx.array | None, cache: Any
+) -> tuple[mx.array, tuple[mx.array, mx.array, mx.array]]:
+    """The short convolution over q|k|v [B, T, C], in mlx-lm's order of operations.
+
+    Returns:
+        The convolution's input [B, W + T, C], whose end becomes slot 0 of the cache; and q, k
+        [B, T, Hk, Dk], v [B, T, Hv, Dv], q and k normalised, q scaled.
+    """
     rows, tokens, channels = qkv.shape
     kept = mixer.conv_kernel_size - 1
-    before = entry[0]
+    before = cache[0]
     if before is None:
         before = mx.zeros((rows, kept, channels), dtype=qkv.dtype)
     if mask is not None:
         qkv = mx.where(mask[..., None], qkv, 0)
     window = mx.concatenate([before, qkv], axis=1)
-    entry[0] = mx.contiguous(window[:, -kept:, :])
+    cache[0] = mx.contiguous(window[:, -kept:, :])
     mixed = nn.silu(mixer.conv1d(window))
-    key_size, heads = mixer.key_dim, (mixer.num_k_heads, mixer.num_k_heads, mixer.num_v_heads)
-    sizes = (mixer.head_k_dim, mixer.head_k_dim, mixer.head_v_dim)
-    q, k, v = (
-        part.reshape(rows, tokens, h, d)
-        for part, h, d in zip(
-            mx.split(mixed, [key_size, 2 * key_size], -1), heads, sizes, strict=True
-        )
-    )
+    size = mixer.key_dim
+    q, k, v = mx.split(mixed, [size, 2 * size], -1)
+    q = q.reshape(rows, tokens, mixer.num_k_heads, mixer.head_k_dim)
+    k = k.reshape(rows, tokens, mixer.num_k_heads, mixer.head_k_dim)
+    v = v.reshape(rows, tokens, mixer.num_v_heads, mixer.head_v_dim)
     q, k = normalize_qk(q, k, inv_scale=mixer.head_k_dim**-0.5, eps=1e-6)
-    state = entry[1]
-    if state is None:
-        shape = (rows, mixer.num_v_heads, mixer.head_v_dim, mixer.head_k_dim)
-        state = mx.zeros(shape, dtype=mx.float32)
-    g = compute_g(mixer.A_log, a, mixer.dt_bias)
-    output, tape, entry[1] = verify(q, k, v, g, mx.sigmoid(b), state, mask)
-    entry.record(tape, window)
-    entry.advance(tokens)
-    return output
+    return window, (q, k, v)

@@ -15,6 +15,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from draftloom.builder import PipelineBuilder
 from draftloom.contracts import TargetAdapter
 from draftloom.engine import Engine
+from draftloom.errors import UsageError
 from draftloom.model_info import ModelInfo
 from draftloom.pipeline import GenerateOptions, Pipeline
 from draftloom.plugins import PluginManager
@@ -60,6 +61,13 @@ class StreamOptions(TypedDict, total=False):
     prompt_progress_callback: Callable[[int, int], None]
 
 
+_REPLACED = {
+    "sampler": "give temperature, top_p, top_k and min_p: the drafter has to know them too",
+    "logits_processors": "insert a node that rewrites the logits: PipelineBuilder.insert",
+}
+"""mlx-lm's arguments that are asked for in another way here."""
+
+
 def stream_generate(
     model: nn.Module,
     tokenizer: Any,
@@ -87,11 +95,18 @@ def stream_generate(
         UsageError: an argument that cannot be honoured.
         ModelError, GraphError: the model or the pipeline cannot be served.
     """
+    for name in options:
+        if name not in StreamOptions.__annotations__:
+            known = ", ".join(StreamOptions.__annotations__)
+            raise UsageError(
+                f"stream_generate does not take {name!r}",
+                _REPLACED.get(name, f"it takes {known}"),
+            )
     wrapper = tokenizer if isinstance(tokenizer, TokenizerWrapper) else TokenizerWrapper(tokenizer)
     builder = PipelineBuilder().model(model, wrapper)
-    if draft_model is not None:
-        adapter = _adapt(builder.plugins, draft_model)
-        builder = builder.drafter("autoregressive", model=adapter)
+    draft_adapter = None if draft_model is None else _adapt(builder.plugins, draft_model)
+    if draft_adapter is not None:
+        builder = builder.drafter("autoregressive", model=draft_adapter)
     elif drafter == "auto":
         builder = builder.drafter("prompt-lookup")
     else:
@@ -109,7 +124,7 @@ def stream_generate(
         prefill_chunk=options.get("prefill_step_size", 2048),
         on_prefill=options.get("prompt_progress_callback"),
     )
-    return _responses(builder, prompt, chosen)
+    return _responses(builder, prompt, chosen, draft_adapter)
 
 
 def _adapt(plugins: PluginManager, model: nn.Module) -> TargetAdapter:
@@ -120,13 +135,21 @@ def _adapt(plugins: PluginManager, model: nn.Module) -> TargetAdapter:
 
 
 def _responses(
-    builder: PipelineBuilder, prompt: Any, options: GenerateOptions
+    builder: PipelineBuilder, prompt: Any, options: GenerateOptions, draft: TargetAdapter | None
 ) -> Iterator[GenerationResponse]:
-    with builder.build() as pipeline:
-        ids: Any = prompt.tolist() if isinstance(prompt, mx.array) else prompt
-        engine = pipeline.engine(pipeline.encode(ids), options)
-        with wired_limit(pipeline.model):
-            yield from _tokens(engine, pipeline)
+    try:
+        with builder.build() as pipeline:
+            ids: Any = prompt.tolist() if isinstance(prompt, mx.array) else prompt
+            engine = pipeline.engine(pipeline.encode(ids), options)
+            with wired_limit(pipeline.model):
+                try:
+                    yield from _tokens(engine, pipeline)
+                finally:
+                    if options.cache is not None:
+                        engine.absorb_last()  # mlx-lm's caches hold the last token as well
+    finally:
+        if draft is not None:
+            draft.close()
 
 
 def _tokens(engine: Engine, pipeline: Pipeline) -> Iterator[GenerationResponse]:

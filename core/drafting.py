@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import attrs
 import mlx.core as mx
 
-from draftloom.contracts import Draft, Drafter, DraftRequest, DraftSession
+from draftloom.contracts import Draft, Drafter, DraftLaw, DraftRequest, DraftSession
 from draftloom.errors import DrafterFallbackWarning, DraftloomError, UsageError
 from draftloom.events import GenerationStats
 from draftloom.sampling import SamplingState
@@ -73,12 +73,13 @@ class GuardedDrafter:
             return Draft.empty()
         try:
             proposal = self._session.propose(anchor, draft, sampling)
-            self._check_shapes(proposal, draft)
+            _check_shapes(proposal, draft)
+            usable = self._with_health(proposal.first(verify))
         except Exception as error:  # noqa: BLE001 a drafter may fail in any way
             self.give_up(one_line(error))
             return Draft.empty()
         self.drafted = proposal.width
-        return self._with_health(proposal.first(verify))
+        return usable
 
     def give_up(self, reason: str) -> None:
         """Go on with the target alone, and say so once."""
@@ -91,29 +92,45 @@ class GuardedDrafter:
                 stacklevel=2,
             )
 
-    def _check_shapes(self, draft: Draft, width: int) -> None:
-        tokens = draft.tokens
-        if tokens.ndim != 2 or tokens.shape[0] != 1 or tokens.shape[1] > width:
-            raise UsageError(f"proposed tokens {tuple(tokens.shape)}, at most (1, {width}) fit")
-        if not mx.issubdtype(tokens.dtype, mx.integer):
-            raise UsageError(f"proposed tokens of type {tokens.dtype}, integers are needed")
-        for name, rows in (("probs", draft.probs), ("candidates", draft.candidates)):
-            if rows is not None and rows.shape[:2] != tokens.shape:
-                raise UsageError(f"{name} {tuple(rows.shape)} do not fit {tuple(tokens.shape)}")
-
     def _with_health(self, draft: Draft) -> Draft:
         """Lazily: are all ids in the vocabulary and all numbers finite? Ids are clipped, so that
-        verifying a bad one is harmless."""
+        using a bad one is harmless."""
         if not draft.width:
             return draft
-        tokens, vocab = draft.tokens, self._vocab_size
-        healthy = mx.all((tokens >= 0) & (tokens < vocab), axis=1)
-        if draft.healthy is not None:
-            healthy = healthy & draft.healthy
+        checks = [] if draft.healthy is None else [draft.healthy.astype(mx.bool_)]
+        ids = [draft.tokens] if draft.candidates is None else [draft.tokens, draft.candidates]
+        inside = [(i >= 0) & (i < self._vocab_size) for i in ids]
+        checks += [flags.reshape(1, -1).all(axis=1) for flags in inside]
         if draft.probs is not None:
-            healthy = healthy & mx.all(mx.isfinite(draft.probs), axis=(1, 2))
-        clipped = mx.clip(tokens, 0, vocab - 1).astype(mx.int32)
-        return attrs.evolve(draft, tokens=clipped, healthy=healthy)
+            checks.append(mx.isfinite(draft.probs).reshape(1, -1).all(axis=1))
+        return attrs.evolve(
+            draft,
+            tokens=self._clip(draft.tokens),
+            candidates=None if draft.candidates is None else self._clip(draft.candidates),
+            healthy=mx.stack(checks).all(axis=0),
+        )
+
+    def _clip(self, ids: mx.array) -> mx.array:
+        return mx.clip(ids, 0, self._vocab_size - 1).astype(mx.int32)
+
+
+def _check_shapes(draft: Draft, width: int) -> None:
+    tokens, law = draft.tokens, draft.law
+    if tokens.ndim != 2 or tokens.shape[0] != 1 or tokens.shape[1] > width:
+        raise UsageError(f"proposed tokens {tuple(tokens.shape)}, at most (1, {width}) fit")
+    if not mx.issubdtype(tokens.dtype, mx.integer):
+        raise UsageError(f"proposed tokens of type {tokens.dtype}, integers are needed")
+    needs = {
+        "probs": (draft.probs, law is not DraftLaw.DETERMINISTIC),
+        "candidates": (draft.candidates, law is DraftLaw.TOP_K),
+    }
+    for name, (rows, needed) in needs.items():
+        if (rows is None) == needed:
+            raise UsageError(f"a {law} draft {'has no' if needed else 'must not have'} {name}")
+        if rows is not None and (rows.ndim != 3 or rows.shape[:2] != tokens.shape):
+            raise UsageError(f"{name} {tuple(rows.shape)} do not fit {tuple(tokens.shape)}")
+    if draft.healthy is not None and draft.healthy.shape != (1,):
+        raise UsageError(f"healthy is {tuple(draft.healthy.shape)}, one flag a row is needed")
 
 
 def one_line(error: BaseException) -> str:

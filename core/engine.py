@@ -134,6 +134,8 @@ class Engine:
         self._request = request
         self._vocab_size = parts.target.info.vocab_size
         request.sampling.check_vocabulary(self._vocab_size)
+        if request.prefill_chunk < 1:
+            raise UsageError(f"prefill_chunk must be at least 1, got {request.prefill_chunk}")
         self.sampling = SamplingState(request.sampling)
         self.acceptance = self._policy()
         self.cache = parts.target.make_cache() if request.cache is None else request.cache
@@ -204,9 +206,14 @@ class Engine:
             self._plan.set("draft", Draft.empty())
             while self._last is None or self._last.finish_reason is None:
                 event = self._cycle(0 if self._last is None else self._last.index + 1)
+                if self._last is None and self._request.on_prefill is not None:
+                    total = len(self._request.prompt)
+                    self._request.on_prefill(total, total)
                 self._last = event
                 self.stats.add(event)
-                error = self._launch_draft() if event.finish_reason is None else None
+                error = self._learn(event)
+                if event.finish_reason is None and error is None:
+                    error = self._launch_draft()
                 error = self._announce(event) or error
                 yield event  # what was committed is handed out before anything else can fail
                 if error is not None:
@@ -230,10 +237,19 @@ class Engine:
         if dropped > 0:
             if kept_tokens:
                 self._speculation.commit((kept_tokens - 1,))
+                self._anchor = self._last.token_ids[kept_tokens - 1]
             else:
                 self._speculation.abort()
             self.stats.generated_tokens -= dropped
             self.stats.committed -= dropped if self._last.index else 0
+
+    def absorb_last(self) -> None:
+        """Run the last token of the text through the target too: the caches then hold all of it,
+        for callers who go on with what comes after it."""
+        if self._last is None:
+            return
+        self._parts.target.forward(mx.array([[self._anchor]], dtype=mx.int32), self.cache)
+        mx.eval([entry.state for entry in self.cache])
 
     def finish(self) -> None:
         """Say once that the generation has ended."""
@@ -291,10 +307,6 @@ class Engine:
         seconds, self._clock = now - self._clock, now
         if outcome.tokens:
             self._anchor = outcome.tokens[-1]
-        if index and outcome.finish_reason != "cancelled":
-            self._parts.width.observe(
-                self._drafter.drafted, draft.width, outcome.num_accepted, seconds
-            )
         return CycleEvent(
             index=index,
             token_ids=outcome.tokens,
@@ -326,6 +338,17 @@ class Engine:
             raise _failure(second) from error
         self._drafter.give_up(one_line(error))
         return draft
+
+    def _learn(self, event: CycleEvent) -> GenerationError | None:
+        """Tell the width policy how the cycle went."""
+        if not event.index or event.finish_reason == "cancelled":
+            return None
+        width = self._parts.width
+        try:
+            width.observe(event.drafted, event.verified, event.accepted, event.seconds)
+        except Exception as error:  # noqa: BLE001 raised by `cycles`
+            return _failure(error)
+        return None
 
     def _launch_draft(self) -> GenerationError | None:
         """Start the next draft on the device; it runs while the host makes text."""

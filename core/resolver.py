@@ -337,14 +337,15 @@ class Resolver:
         for component in (*made, *nodes.values()):
             if component is None:
                 continue
+            info: ComponentInfo = component.info
             if isinstance(component, Checkable):
                 check = partial(_all_problems, component, target)
-                self.problems += self._attempt(component.info.name, check) or ()
-            if Need.TAPE in component.info.needs and not any(
-                kind in target.tape_kinds for kind in component.info.cache_kinds
+                self.problems += self._attempt(info.name, check) or ()
+            if Need.TAPE in info.needs and not any(
+                kind in target.tape_kinds for kind in info.cache_kinds
             ):
                 self._problem(
-                    component.info.name,
+                    info.name,
                     "needs a tape, which no layer can record",
                     f"adapter {target.adapter!r} records none; use snapshot",
                 )

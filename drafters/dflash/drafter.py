@@ -90,17 +90,27 @@ class DFlashDrafter:
         return DFlashSession(self._model, self._target, self.config)
 
 
+MAX_PENDING = 512
+"""Rows of features kept unprojected at most."""
+
+
 class DFlashSession:
-    """The context caches of one generation. They hold exactly the committed tokens."""
+    """The context caches of one generation. With the pending features they stand for exactly the
+    committed tokens.
+
+    Features are projected when a draft is asked for, not when they arrive: a parked drafter costs
+    (next to) nothing.
+    """
 
     def __init__(self, model: DFlashModel, target: TargetAdapter, config: DFlashConfig) -> None:
         self._model = model
         self._target = target
         self._config = config
         self._cache = model.make_cache()
+        self._pending: list[mx.array] = []
 
     def observe(self, committed: Sequence[Sequence[int]], features: mx.array | None) -> None:
-        """Append the features [B, T, F] of committed tokens to the context.
+        """Take in the features [B, T, F] of committed tokens.
 
         Raises:
             ValueError: no features, or rows of different lengths.
@@ -109,11 +119,20 @@ class DFlashSession:
             raise ValueError("dflash needs the target's hidden states")
         if len({len(row) for row in committed}) > 1:
             raise ValueError("rows of different lengths cannot share a context cache")
-        self._model.extend(features[:, : len(committed[0])], self._cache)
-        mx.async_eval([(entry.keys, entry.values) for entry in self._cache])
+        self._pending.append(features[:, : len(committed[0])])
+        if sum(rows.shape[1] for rows in self._pending) > MAX_PENDING:
+            self._extend()
+            mx.async_eval([(entry.keys, entry.values) for entry in self._cache])
+
+    def _extend(self) -> None:
+        """Append the pending features to the context."""
+        if self._pending:
+            self._model.extend(mx.concatenate(self._pending, axis=1), self._cache)
+            self._pending.clear()
 
     def propose(self, anchor: mx.array, width: int, sampling: SamplingState) -> Draft:
         """`width` tokens [B, width] after the anchor [B], from one pass over [anchor, MASK ..]."""
+        self._extend()
         config = self._config
         masks = mx.full((anchor.shape[0], width), config.mask_token_id, dtype=mx.int32)
         block = mx.concatenate([anchor[:, None].astype(mx.int32), masks], axis=1)
