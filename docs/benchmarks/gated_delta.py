@@ -218,9 +218,9 @@ def blocks(launcher: Launcher) -> dict[str, dict[str, float]]:
 
 
 def prompts(launcher: Launcher) -> dict[str, dict[str, float]]:
-    """Prefill of 512 and 2048 tokens, by every implementation."""
+    """Prefill of 2048 tokens, by every implementation."""
     found = {}
-    for tokens in (512, 2048):
+    for tokens in (2048,):
         *block, state = inputs(tokens)
         runs = {
             "kernel": lambda s, b=block: launcher.prefill(*b, s),
@@ -273,29 +273,20 @@ def errors(launcher: Launcher) -> dict[str, float]:
 
 
 GEOMETRIES = (
-    (8, 1, 4, 16),
-    (8, 1, 8, 16),
-    (8, 2, 4, 16),
-    (8, 2, 8, 16),
-    (8, 1, 4, 32),
-    (8, 1, 8, 32),
-    (8, 2, 4, 32),
-    (8, 2, 8, 32),
-    (4, 1, 4, 16),
-    (4, 1, 8, 16),
-    (16, 1, 8, 16),
-    (16, 2, 8, 16),
-    (32, 1, 8, 16),
-    (32, 4, 4, 16),
+    (8, 1, 8, 32, 1),
+    (8, 1, 8, 32, 2),
+    (8, 1, 8, 32, 4),
+    (8, 1, 4, 32, 2),
+    (8, 1, 4, 16, 2),
 )
 
 
-def profile(labels: Path, chosen: tuple[Geometry | None, Geometry | None]) -> None:
+def profile(labels: Path) -> None:
     """Launch every case a few times for a profiler (see ``merge``), writing what was launched."""
     launched: list[str] = []
     *short, state = inputs(16)
     *long, _ = inputs(2048)
-    launcher = Launcher(backend(), chosen[0])
+    launcher = Launcher(backend())
     _, tape, _ = launcher.verify(*short, state)
     counts, single = row_counts(8, 1), mx.array([8])
     mx.eval(tape.delta, counts, single)
@@ -304,18 +295,18 @@ def profile(labels: Path, chosen: tuple[Geometry | None, Geometry | None]) -> No
         "verify T=16": lambda: launcher.verify(*short, state),
         "verify T=16, no state written": lambda: launcher.verify(*short, state, write_state=False),
         "verify T=1": lambda: launcher.verify(*[x[:, :1] for x in short], state),
-        "replay n=8": lambda: launcher.replay(state, tape, counts),
+        "replay n=8": lambda: [launcher.replay(state, tape, counts)],
         "replay n=8, counts in host memory": lambda: launcher._run(
             Variant(replay=True, middle=True), list(by_hand), tape.k, tape.delta
-        ),
+        ).values(),
         "replay n=8 and verify T=16": lambda: launcher.replay_verify(
             tape, counts, tuple(short), state
         ),
         "plain T=16": lambda: plain(*short, state),
         "plain T=2048": lambda: plain(*long, state),
-        "prefill T=2048": lambda: Launcher(backend(), chosen[1]).prefill(*long, state),
+        "prefill T=2048": lambda: launcher.prefill(*long, state),
     }
-    for values in GEOMETRIES if chosen == (None, None) else ():
+    for values in GEOMETRIES:
         tried = Launcher(backend(), Geometry(*values))
         cases[f"{values} T=16"] = lambda tried=tried: tried.verify(*short, state)
         cases[f"{values} T=2048"] = lambda tried=tried: tried.prefill(*long, state)
@@ -354,7 +345,8 @@ def best(found: dict[str, float]) -> tuple[str, str]:
         )
 
     choices = [
-        (lowest(16, lanes)[0] * 20 + lowest(2048, lanes)[0], lanes) for lanes in (4, 8, 16, 32)
+        (lowest(16, lanes)[0] * 20 + lowest(2048, lanes)[0], lanes)
+        for lanes in sorted({geometry[0] for geometry in GEOMETRIES})
     ]
     lanes = min(choices)[1]
     return lowest(16, lanes)[1].strip("()"), lowest(2048, lanes)[1].strip("()")
@@ -367,7 +359,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="launch cases for a profiler")
     parser.add_argument("--merge", type=Path, help="ncu's CSV, to merge with the labels in OUT")
     parser.add_argument("--kernels", type=Path, help="a merged table to include")
-    parser.add_argument("--short", help="geometry for blocks: lanes, rows, simds, tile")
+    parser.add_argument("--short", help="geometry for blocks: lanes, rows, simds, tile, unroll")
     parser.add_argument("--long", help="geometry for prompts")
     options = parser.parse_args()
     mx.random.seed(7)
@@ -375,7 +367,7 @@ def main() -> None:
         Geometry(*map(int, x.split(","))) if x else None for x in (options.short, options.long)
     )
     if options.profile:
-        profile(options.out, (short, long))
+        profile(options.out)
         return
     if options.merge:
         found = merge(options.merge, options.out)
@@ -399,8 +391,8 @@ def main() -> None:
             "B": 1,
         },
         "geometry": {
-            "T=16": str(short or geometry_for(SIZE, 16)),
-            "T=2048": str(long or geometry_for(SIZE, 2048)),
+            "T=16": str(short or geometry_for(SIZE, backend().memory)),
+            "T=2048": str(long or geometry_for(SIZE, backend().memory)),
         },
         "errors": errors(Launcher(backend(), short)),
     }

@@ -7,7 +7,7 @@ from .source import CUDA_PRELUDE
 
 __all__ = ["BACKEND", "LAUNCHER", "supports"]
 
-BACKEND = Backend("cuda", mx.fast.cuda_kernel, CUDA_PRELUDE)
+BACKEND = Backend("cuda", mx.fast.cuda_kernel, CUDA_PRELUDE, memory=48 * 1024)
 LAUNCHER = Launcher(BACKEND)
 
 

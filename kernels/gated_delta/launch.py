@@ -78,12 +78,14 @@ class Geometry:
         rows: rows of the state a lane holds.
         simds: simdgroups in a threadgroup.
         tile: tokens staged at once.
+        unroll: tokens whose instructions may be interleaved (CUDA only).
     """
 
     lanes: int = 8
     rows: int = 1
     simds: int = 4
     tile: int = 16
+    unroll: int = 1
 
     @property
     def threadgroup_rows(self) -> int:
@@ -92,13 +94,22 @@ class Geometry:
 
     def threadgroup_bytes(self, key_size: int) -> int:
         """Threadgroup memory, at most, in bytes (Metal allows 32,768)."""
-        return 4 * self.tile * (2 * key_size + self.threadgroup_rows + 2)
+        return 4 * self.tile * (2 * key_size + self.threadgroup_rows + 3)
 
 
-def geometry_for(key_size: int, tokens: int) -> Geometry:
-    """The geometry used for a key size: the best measured, within 32 KiB of threadgroup memory."""
-    del tokens
-    return Geometry(tile=16 if key_size <= 192 else 8)
+def geometry_for(key_size: int, memory: int) -> Geometry:
+    """The geometry used for a key size: the best measured on an H100 that fits.
+
+    All have the same number of lanes, so all add in the same order and give the same bits.
+
+    Args:
+        key_size: Dk.
+        memory: threadgroup memory that may be used, bytes.
+    """
+    for tried in (Geometry(simds=8, tile=32), Geometry(tile=16)):
+        if tried.threadgroup_bytes(key_size) <= memory:
+            return tried
+    return Geometry(tile=8)
 
 
 @attrs.frozen(cache_hash=True)
@@ -109,11 +120,13 @@ class Backend:
         name: "metal" or "cuda".
         build: ``mx.fast.metal_kernel`` or ``mx.fast.cuda_kernel``.
         prelude: the header handed over with every body.
+        memory: threadgroup memory a kernel may use, bytes.
     """
 
     name: str
     build: Callable[..., Callable[..., list[mx.array]]]
     prelude: str
+    memory: int = 32 * 1024
 
     def kernel(
         self, variant: Variant, dtypes: tuple[mx.Dtype, ...]
@@ -153,8 +166,8 @@ def _plan(
 ) -> _Plan:
     """Plan a launch; ``shapes`` are those of k (or the tape's), v (or its delta) and the state."""
     (_, _, key_heads, key_size), rows_shape, state_shape = shapes
-    rows, tokens, value_heads, value_size = rows_shape
-    geometry = geometry or geometry_for(key_size, tokens)
+    rows, _, value_heads, value_size = rows_shape
+    geometry = geometry or geometry_for(key_size, backend.memory)
     y_dtype = dtypes[variant.inputs.index("q")] if variant.block else mx.float32
     wide = ("y", "delta_out")
     template = [
@@ -167,6 +180,7 @@ def _plan(
         ("ROWS", geometry.rows),
         ("SIMDS", geometry.simds),
         ("TILE", geometry.tile),
+        ("UNROLL", geometry.unroll),
     ]
     groups = value_size // geometry.threadgroup_rows
     return _Plan(

@@ -22,6 +22,7 @@ import attrs
 __all__ = ["CUDA_PRELUDE", "METAL_PRELUDE", "Variant"]
 
 METAL_PRELUDE = """
+#define UNROLL_TOKENS
 template <typename P>
 inline void load4(P from, thread float* to) {
   for (int j = 0; j < 4; ++j) {
@@ -65,6 +66,7 @@ CUDA_PRELUDE = """
 #define threadgroup_position_in_grid blockIdx
 #define threadgroup __shared__ __align__(16)
 #define threadgroup_barrier(flags) __syncthreads()
+#define UNROLL_TOKENS _Pragma("unroll UNROLL")
 #define simd_shuffle_xor(value, bit) __shfl_xor_sync(0xffffffffu, value, bit)
 
 template <typename T>
@@ -245,6 +247,7 @@ _REPLAY = """
         const size_t at = static_cast<size_t>(batch) * length + t0 + TILE;
         @FETCH_TAPE@
       }
+      UNROLL_TOKENS
       for (int t = 0; t < here; ++t) {
         for (int i = 0; i < PER_LANE; i += 4) {
           load4(k_tile + t * Dk + i * LANES + part * 4, &key[i]);
@@ -288,6 +291,7 @@ _BLOCK = """
       const size_t at = static_cast<size_t>(batch) * tokens + t0 + TILE;
       @FETCH_BLOCK@
     }
+    UNROLL_TOKENS
     for (int t = 0; t < here; ++t) {
       const float decay = g_tile[t];
       const float strength = beta_tile[t];

@@ -11,7 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from draftloom.kernels.gated_delta import metal, reference
+from draftloom.kernels.gated_delta import cuda, metal, reference
 from draftloom.kernels.gated_delta.launch import Backend, Geometry, Launcher, geometry_for
 from draftloom.kernels.gated_delta.source import CUDA_PRELUDE, METAL_PRELUDE, Variant
 
@@ -138,10 +138,31 @@ def test_every_geometry(launcher, geometry):
     assert shared.same(other.replay(state, tape, 19), end)
 
 
+def test_the_geometry_that_cuda_uses(folder):
+    """Its prelude needs a GPU, but its tiles can be walked here."""
+    memory = cuda.BACKEND.memory
+    backend = Backend("cuda", emulator.Emulator(folder, memory), METAL_PRELUDE, memory)
+    wide = Launcher(backend, poison=float("nan"))
+    narrow = Launcher(backend, Geometry(tile=16), poison=float("nan"))
+    *block, state = shared.case(70, mx.bfloat16, rows=1, key_heads=1, sizes=(128, 32))
+    truth = reference.run(*block, state)
+    y, tape, end = wide.verify(*block, state)
+    assert shared.error(y, truth.y) < TOLERANCE[mx.bfloat16]
+    assert shared.error(end, truth.states[:, -1]) < STATE_TOLERANCE
+    assert shared.same(wide.replay(state, tape, 70), end)
+    assert shared.same(wide.replay(state, tape, 33), narrow.replay(state, tape, 33))
+    assert shared.same(narrow.verify(*block, state)[2], end)
+
+
 @pytest.mark.parametrize("size", range(32, 257, 32))
-def test_threadgroup_memory_fits_metal(size):
-    for tokens in (1, 16, 2048):
-        assert geometry_for(size, tokens).threadgroup_bytes(size) <= 32 * 1024
+@pytest.mark.parametrize("backend", [metal.BACKEND, cuda.BACKEND], ids=lambda b: b.name)
+def test_the_chosen_geometry_fits_memory_and_sizes(backend, size):
+    chosen = geometry_for(size, backend.memory)
+    assert chosen.threadgroup_bytes(size) <= backend.memory
+    assert size % (4 * chosen.lanes) == 0
+    assert 32 % chosen.threadgroup_rows == 0
+    assert chosen.tile <= 32 * chosen.simds
+    assert chosen.lanes == geometry_for(32, metal.BACKEND.memory).lanes
 
 
 def test_the_emulated_source_is_the_one_metal_gets():

@@ -118,9 +118,11 @@ class Emulator:
 
     Attributes:
         folder: where sources and libraries go.
+        memory: threadgroup memory allowed, bytes; Metal's limit unless another GPU's is emulated.
     """
 
     folder: Path
+    memory: int = METAL_THREADGROUP_BYTES
 
     def __call__(
         self,
@@ -159,6 +161,7 @@ class Emulator:
                 _guarded(_initial(shape, dtype, init_value), _PATTERN)
                 for shape, dtype in zip(output_shapes, output_dtypes, strict=True)
             ]
+            _check_memory(library, self.memory)
             _execute(library, [*held, *outputs, *shapes], grid, threadgroup)
             return [
                 _array(_unguarded(raw, n), shape, dtype)
@@ -229,6 +232,13 @@ def _template_line(name: str, value: Any) -> str:
     return f"constexpr int {name} = {value};"
 
 
+def _check_memory(library: ctypes.CDLL, memory: int) -> None:
+    library.threadgroup_bytes.restype = ctypes.c_long
+    used = library.threadgroup_bytes()
+    if used > memory:
+        raise EmulationError(f"{used} bytes of threadgroup memory; there are {memory}")
+
+
 def _execute(
     library: ctypes.CDLL,
     buffers: Sequence[ctypes.Array],
@@ -238,12 +248,6 @@ def _execute(
     for axis in range(3):
         if grid[axis] % threadgroup[axis]:
             raise EmulationError(f"grid {grid} does not divide into threadgroups {threadgroup}")
-    library.threadgroup_bytes.restype = ctypes.c_long
-    used = library.threadgroup_bytes()
-    if used > METAL_THREADGROUP_BYTES:
-        raise EmulationError(
-            f"{used} bytes of threadgroup memory; Metal has {METAL_THREADGROUP_BYTES}"
-        )
     pointers = (ctypes.c_void_p * len(buffers))(
         *(ctypes.addressof(raw) + _GUARD for raw in buffers)
     )
