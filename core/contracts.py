@@ -258,7 +258,7 @@ class Draft:
         probs: q. DENSE: [B, K, V] float32. TOP_K: [B, K, k] float32, zero where not drawn from.
         candidates: TOP_K: [B, K, k] int32, the token ids of the probs.
         healthy: [B] bool, False where the drafter's numbers were not finite; None is unchecked.
-        source: name of the drafter that proposed it.
+        source: name of the drafter that proposed it; the engine fills it in where empty.
     """
 
     tokens: mx.array

@@ -105,6 +105,7 @@ class GuardedDrafter:
             checks.append(mx.isfinite(draft.probs).reshape(1, -1).all(axis=1))
         return attrs.evolve(
             draft,
+            source=draft.source or self._drafter.info.name,
             tokens=self._clip(draft.tokens),
             candidates=None if draft.candidates is None else self._clip(draft.candidates),
             healthy=mx.stack(checks).all(axis=0),

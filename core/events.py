@@ -82,7 +82,8 @@ class GenerationStats:
         generated_tokens: tokens emitted, the one from the prompt included.
         cycles: cycles after the prompt.
         committed: tokens those cycles committed.
-        drafted: tokens verified in all cycles.
+        drafted: tokens proposed in all cycles.
+        verified: of those, looked at by the target.
         accepted: of those, accepted.
         verified_by_position: cycles that verified a draft token at position i.
         accepted_by_position: of those, cycles that accepted it.
@@ -96,6 +97,7 @@ class GenerationStats:
     cycles: int = 0
     committed: int = 0
     drafted: int = 0
+    verified: int = 0
     accepted: int = 0
     verified_by_position: list[int] = attrs.Factory(list)
     accepted_by_position: list[int] = attrs.Factory(list)
@@ -114,7 +116,8 @@ class GenerationStats:
         self.cycles += 1
         self.committed += len(event.token_ids)
         self.decode_seconds += event.seconds
-        self.drafted += event.verified
+        self.drafted += event.drafted
+        self.verified += event.verified
         self.accepted += event.accepted
         missing = event.verified - len(self.verified_by_position)
         self.verified_by_position.extend([0] * missing)
@@ -131,8 +134,9 @@ class GenerationStats:
 
     @property
     def acceptance_rate(self) -> float:
-        """Accepted over verified draft tokens, 0..1; 0 without drafts."""
-        return self.accepted / self.drafted if self.drafted else 0.0
+        """Accepted over verified draft tokens, 0..1; 0 without drafts. (Tokens that were drafted
+        and not looked at were neither accepted nor rejected.)"""
+        return self.accepted / self.verified if self.verified else 0.0
 
     @property
     def rate_by_position(self) -> list[float]:

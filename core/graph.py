@@ -117,12 +117,12 @@ class Graph:
         found: list[Problem] = []
         types = {port.name: port.type for port in STATE_PORTS}
         produced = set(types)
-        everywhere = {port.name for node in self.nodes for port in node.outputs}
         for node in self.nodes:
             reads = {port.name for port in node.inputs}
+            early = {port.name for port in node.inputs if port.name not in produced}
             for port in node.inputs:
-                if port.name not in produced:
-                    found.append(self._missing(node, port, everywhere, produced))
+                if port.name in early:
+                    found.append(self._missing(node, port, produced))
                 found += _type_problem(node, port, types)
             for port in node.outputs:
                 state = port in STATE_PORTS
@@ -135,24 +135,24 @@ class Graph:
                         )
                     )
                 found += _type_problem(node, port, types)
-                produced.add(port.name)
+                if port.name not in early:  # a rewrite of what is not there yet produces nothing
+                    produced.add(port.name)
                 if port.type:
                     types.setdefault(port.name, port.type)
         return found
 
-    def _missing(self, node: Node, port: Port, everywhere: set[str], produced: set[str]) -> Problem:
-        if port.name in everywhere:
-            producer = next(n.name for n in self.nodes if port in n.outputs or _writes(n, port))
-            return Problem(
-                node.name,
-                f"reads port {port.name!r}, which node {producer!r} produces later",
-                f"insert it after {producer!r}",
-            )
-        return Problem(
-            node.name,
-            f"reads port {port.name!r}, which no node produces",
-            did_you_mean(port.name, produced),
-        )
+    def _missing(self, node: Node, port: Port, produced: set[str]) -> Problem:
+        later = [
+            n.name
+            for n in self.nodes
+            if any(p.name == port.name for p in n.outputs)
+            and all(p.name != port.name for p in n.inputs)
+        ]
+        if later:
+            message = f"reads port {port.name!r}, which node {later[0]!r} produces later"
+            return Problem(node.name, message, f"insert it after {later[0]!r}")
+        message = f"reads port {port.name!r}, which no node produces"
+        return Problem(node.name, message, did_you_mean(port.name, produced))
 
     def check(self) -> None:
         """Raise all wiring problems at once.
@@ -229,10 +229,6 @@ class Graph:
         steps = [step(node) for node in self.nodes]
         propose, verify = tuple(steps[:first]), tuple(steps[first : last + 1])
         return Plan(frame, slots, propose, verify, tuple(steps[last + 1 :]))
-
-
-def _writes(node: Node, port: Port) -> bool:
-    return any(p.name == port.name for p in node.outputs)
 
 
 def _type_problem(node: Node, port: Port, types: Mapping[str, str]) -> list[Problem]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, TypedDict, Unpack
 
 import attrs
 from mlx_lm.generate import wired_limit
 
-from draftloom.contracts import TargetInfo
+from draftloom.contracts import CycleNode, TargetInfo
 from draftloom.engine import Engine, EngineParts, EngineRequest
 from draftloom.errors import UsageError
 from draftloom.events import CycleEvent, FinishReason, GenerationStats
@@ -176,6 +176,11 @@ class Pipeline:
     def graph(self) -> Graph:
         """The cycle as a graph."""
         return self._parts.graph
+
+    @property
+    def nodes(self) -> Mapping[str, CycleNode]:
+        """The inserted nodes by node name, for what they have gathered."""
+        return self._parts.nodes
 
     @property
     def target(self) -> TargetInfo:

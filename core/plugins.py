@@ -79,7 +79,7 @@ class Component:
             module, _, attribute = self.factory.partition(":")
             try:
                 self.factory = getattr(importlib.import_module(module), attribute)
-            except (ImportError, AttributeError) as error:
+            except (ImportError, AttributeError, ValueError) as error:
                 raise PluginError(
                     f"plugin {self.plugin!r} names {self.factory!r} for {self.kind} "
                     f"{self.name!r}, which cannot be imported: {error}"
@@ -187,13 +187,18 @@ class PluginManager:
     # --- loading -----------------------------------------------------------------------------
 
     def _load_entry_points(self) -> None:
-        seen: set[str] = set()
+        seen: dict[str, str] = {}
         for distribution in distributions():
             for entry in distribution.entry_points.select(group=hookspecs.PROJECT):
                 owner = _owner(distribution)
-                if entry.name in seen:
-                    continue
-                seen.add(entry.name)
+                first = seen.setdefault(entry.name, owner[0])
+                if first != owner[0]:
+                    raise PluginError(
+                        f"{first} and {owner[0]} both have a plugin named {entry.name!r}",
+                        "uninstall one of them",
+                    )
+                if self._manager.has_plugin(entry.name):
+                    continue  # the same distribution, found twice on the path
                 try:
                     plugin = entry.load()
                 except Exception as error:
