@@ -99,13 +99,13 @@ def replay(state: mx.array, tape: Tape, n: int | mx.array) -> mx.array:
         ValueError: if ``n`` is a number outside 0..T (counts in an array are not read, and so not
             checked).
     """
-    per_row = isinstance(n, mx.array)
-    if not per_row and not 0 <= n <= tape.length:
+    counts = n[: state.shape[0]] if isinstance(n, mx.array) else None
+    if isinstance(n, int) and not 0 <= n <= tape.length:
         raise ValueError(f"cannot replay {n} entries of a tape of {tape.length}")
-    keys, rows = _spread(tape.k, tape.delta.shape[2]), state.shape[0]
-    for t in range(tape.length if per_row else n):
+    keys = _spread(tape.k, tape.delta.shape[2])
+    for t in range(n if isinstance(n, int) else tape.length):
         new = _write(_decay(state, tape.g[:, t]), keys[:, t], tape.delta[:, t])
-        state = _keep(n[:rows] > t, new, state) if per_row else new
+        state = new if counts is None else _keep(counts > t, new, state)
     return state
 
 

@@ -15,7 +15,7 @@ import attrs
 import mlx.core as mx
 
 from . import array, chunked, cuda, metal
-from .launch import Request
+from .launch import Launcher, Request
 from .tape import Tape
 
 __all__ = ["IMPLEMENTATIONS", "Choice", "choose", "prefill", "replay", "replay_verify", "verify"]
@@ -74,7 +74,7 @@ def choose(request: Request, use: str | None = None) -> Choice:
     """
     if use is not None:
         return _named(request, use)
-    rejected = []
+    rejected: list[tuple[str, str]] = []
     for name in ("metal", "cuda"):
         reason = _SUPPORTS[name](request)
         if reason is None:
@@ -143,7 +143,7 @@ def _check(
         raise ValueError(f"g {g.shape} and beta {beta.shape} must be {(rows, tokens, heads)}")
 
 
-def _launcher(name: str):
+def _launcher(name: str) -> Launcher:
     return metal.LAUNCHER if name == "metal" else cuda.LAUNCHER
 
 

@@ -124,7 +124,7 @@ class Backend:
     """
 
     name: str
-    build: Callable[..., Callable[..., list[mx.array]]]
+    build: Callable[..., Any]
     prelude: str
     memory: int = 32 * 1024
 
