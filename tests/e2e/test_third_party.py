@@ -89,9 +89,12 @@ def make_phi(folder: Path) -> Path:
     }
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    mx.random.seed(7)
+    mx.random.seed(0)
     model = phi.Model(phi.ModelArgs.from_dict(config))
     weights = dict(tree_flatten(model.parameters()))
+    # A head that leans towards the embedding repeats tokens: something to accept.
+    lean = 0.4 * weights["model.embed_tokens.weight"]
+    weights["lm_head.weight"] = weights["lm_head.weight"] + lean
     mx.save_safetensors(str(folder / "model.safetensors"), weights)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(default_pair().target / name, folder)
