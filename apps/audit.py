@@ -173,7 +173,7 @@ def judge(position: int, ours: int | None, theirs: int | None, logits: mx.array)
     if ours is None or theirs is None:
         bound = tie_bound(logits.dtype)
         return Difference(position, ours, theirs, None, None, None, bound, "bug")
-    our, their = (float(logits[token].item()) for token in (ours, theirs))
+    our, their = (float(x) for x in logits[mx.array([ours, theirs])].astype(mx.float32).tolist())
     margin, bound = their - our, tie_bound(logits.dtype, our, their)
     # NaN compares false: a margin that is no number is a bug.
     verdict: Verdict = "tie" if abs(margin) <= bound else "bug"
@@ -200,7 +200,7 @@ def run_reference(
 
     tokens: list[int] = []
     row = mx.zeros((1,))
-    steps = generate_step(mx.array(prompt), model, max_tokens=limit, logits_processors=[keep])
+    steps = generate_step(mx.array(list(prompt)), model, max_tokens=limit, logits_processors=[keep])
     for token, _ in steps:
         row = rows.popleft()  # mlx-lm is one step ahead: the later rows are of later tokens
         index = len(tokens)

@@ -18,23 +18,13 @@ AUDIT_PROMPTS = (
 )
 """Short and long, code and prose, with and without characters outside ASCII."""
 
-DEMO_PROMPT = '''\
-class Registry:
-    """Keeps objects by name."""
-
-    def __init__(self):
-        self._items = {}
-
-    def register(self, name, item):
-        if name in self._items:
-            raise ValueError(f"{name!r} is already registered")
-        self._items[name] = item
-
-    def unregister(self, name):
-        if name not in self._items:
-            raise KeyError(name)
-        del self._items[name]
-
-    def get(self, name, default=None):
-'''
+DEMO_PROMPT = """\
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.hidden_size = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.head_dim = self.hidden_size // self.num_heads
+        self.q_proj = nn.Linear(self.hidden_size, self.num_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear("""
 """The middle of library code: there the bundled pair is at its best."""

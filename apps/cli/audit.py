@@ -22,6 +22,7 @@ from .options import (
     TargetOption,
     VerifierOption,
     read_text,
+    text_options,
 )
 from .output import busy, fallback_on_stderr
 from .state import state_of
@@ -56,8 +57,7 @@ def audit(
 
     Exit code 1 if a difference is no tie of two logits.
     """
-    if max_tokens < 1:
-        raise UsageError(f"max_tokens must be at least 1, got {max_tokens}", "64 is the default")
+    text_options(max_tokens, None)
     flags = PipelineFlags(
         target=target, drafter=drafter, verifier=verifier, acceptance=acceptance,
         rollback=rollback, block_size=block_size, pipeline=pipeline, dtype=dtype, temperature=0.0,

@@ -26,6 +26,7 @@ from .options import (
     TopKOption,
     TopPOption,
     VerifierOption,
+    text_options,
 )
 from .output import TextPrinter, error_console, fallback_on_stderr, say_error, summary, summary_line
 from .state import state_of
@@ -84,8 +85,8 @@ def chat(
         rollback=rollback, block_size=block_size, pipeline=pipeline, dtype=dtype,
         temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed,
     )  # fmt: skip
+    options = text_options(max_tokens, stop)
     builder = flags.builder(state_of(context).plugins)
-    options = {"max_tokens": max_tokens, "stop": tuple(stop or ())}
     with fallback_on_stderr(), build(builder) as built:
         if built.tokenizer is None or not built.tokenizer.has_chat_template:
             raise UsageError(

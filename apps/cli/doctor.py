@@ -148,11 +148,12 @@ def kernel_choices(model: ModelInfo) -> list[KernelChoice]:
 
     config = model.text_config
     keys = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim")
-    sizes = [config.get(f"linear_{key}") for key in keys]
-    if not all(isinstance(size, int) and size > 0 for size in sizes):
+    found = [config.get(f"linear_{key}") for key in keys]
+    sizes = [size for size in found if isinstance(size, int) and size > 0]
+    if len(sizes) < len(keys):
         return []
     on_cpu = mx.default_device() == mx.Device(mx.cpu)
-    found = []
+    choices = []
     for operation in OPERATIONS:
         request = Request(
             operation=operation,
@@ -167,8 +168,8 @@ def kernel_choices(model: ModelInfo) -> list[KernelChoice]:
         )
         choice = choose(request)
         name = f"gated-delta {operation}"
-        found.append(KernelChoice(name, choice.name, choice.reason, dict(choice.rejected)))
-    return found
+        choices.append(KernelChoice(name, choice.name, choice.reason, dict(choice.rejected)))
+    return choices
 
 
 def _stored_dtype(model: ModelInfo) -> Any:

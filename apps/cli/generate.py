@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from draftloom.errors import UsageError
+
 from .generation import GenerationSinks, build, run_generation
 from .options import (
     AcceptanceOption,
@@ -27,6 +29,7 @@ from .options import (
     TopPOption,
     VerifierOption,
     read_prompt,
+    text_options,
 )
 from .output import TextPrinter, fallback_on_stderr, summary
 from .state import state_of
@@ -80,18 +83,20 @@ def generate(
         rollback=rollback, block_size=block_size, pipeline=pipeline, dtype=dtype,
         temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed,
     )  # fmt: skip
-    text = read_prompt(prompt, prompt_file)
+    text, options = read_prompt(prompt, prompt_file), text_options(max_tokens, stop)
     trace_file = None if trace is None else TraceFile(trace)
     builder = flags.builder(state_of(context).plugins)
     printer = TextPrinter()
     with fallback_on_stderr(), build(builder) as built:
         templated = built.tokenizer is not None and built.tokenizer.has_chat_template
+        if chat and not templated:
+            raise UsageError(f"{built.names['target']} has no chat template", "use --raw")
         as_chat = templated if chat is None else chat
         result = run_generation(
             built,
             [{"role": "user", "content": text}] if as_chat else text,
             GenerationSinks(on_text=_nowhere if as_json else printer.write, trace=trace_file),
-            {"max_tokens": max_tokens, "stop": tuple(stop or ())},
+            options,
         )
     if as_json:
         typer.echo(json.dumps(result.as_dict()))

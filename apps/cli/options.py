@@ -32,10 +32,10 @@ __all__ = [
     "TopKOption",
     "TopPOption",
     "VerifierOption",
-    "given",
     "parse_rollback",
     "read_prompt",
     "read_text",
+    "text_options",
 ]
 
 PARTS = "Pipeline"
@@ -267,6 +267,16 @@ def _decode(data: bytes, what: str) -> str:
         ) from error
 
 
-def given(**options: Any) -> dict[str, Any]:
-    """Those of the options that were given."""
-    return {name: value for name, value in options.items() if value is not None}
+def text_options(max_tokens: int, stop: list[str] | None) -> dict[str, Any]:
+    """Where a text ends, as fields of `GenerateOptions`; checked before anything is loaded.
+
+    Raises:
+        UsageError: no token to generate, or an empty stop string.
+    """
+    if max_tokens < 1:
+        raise UsageError(
+            f"--max-tokens must be at least 1, got {max_tokens}", "256 is a good start"
+        )
+    if any(not text for text in stop or ()):
+        raise UsageError("a --stop string is empty", "leave it out")
+    return {"max_tokens": max_tokens, "stop": tuple(stop or ())}
