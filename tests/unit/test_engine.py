@@ -348,12 +348,16 @@ def test_the_context_limit_caps_the_text() -> None:
 
 
 def test_an_earlier_cache_counts_against_the_limit() -> None:
-    cache = fresh_cache(model(), [1] * 250)
+    def cache_of(tokens: int) -> Any:
+        entries = make_prompt_cache(model())
+        model()(mx.array([[1] * tokens]), cache=entries)
+        return entries
+
     with pipeline_of() as pipeline:
-        result = pipeline.generate((2, 3), cache=cache, max_tokens=None)
+        result = pipeline.generate((2, 3), cache=cache_of(250), max_tokens=None)
         assert len(result.token_ids) == 4
         with pytest.raises(UsageError, match="holds 256"):
-            pipeline.generate([1] * 6, cache=fresh_cache(model(), [1] * 250))
+            pipeline.generate([1] * 6, cache=cache_of(250))
 
 
 @pytest.mark.parametrize(

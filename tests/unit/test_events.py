@@ -60,6 +60,12 @@ def test_cycles_without_a_draft_lower_the_length_but_not_the_rate() -> None:
     assert stats.rate_by_position == [1.0, 1.0]
 
 
+def test_tokens_that_nobody_looked_at_are_neither_accepted_nor_rejected() -> None:
+    stats = stats_of(event(0, 1, 0, 0), event(1, 3, 2, 2, drafted=15))
+    assert (stats.drafted, stats.verified, stats.accepted) == (15, 2, 2)
+    assert stats.acceptance_rate == 1.0
+
+
 def test_a_cut_block_counts_its_acceptance_and_only_the_tokens_kept() -> None:
     stats = stats_of(event(0, 1, 0, 0), event(1, 2, 4, 4, finish_reason="stop"))
     assert stats.generated_tokens == 3

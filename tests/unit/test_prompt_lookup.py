@@ -11,7 +11,7 @@ from draftloom import DraftRequest, SamplingParams, SamplingState
 from draftloom.drafters import prompt_lookup
 from draftloom.drafters.prompt_lookup import PromptLookupDrafter
 
-from .fakes import PROMPT, model, pipeline_of, plain
+from .fakes import PROMPT, model, pipeline_of, plain, quick
 
 SAMPLING = SamplingState(SamplingParams(seed=1))
 
@@ -41,6 +41,7 @@ def proposed(chunks: Sequence[Sequence[int]], anchor: int, width: int, *sizes: i
     return tokens
 
 
+@quick
 @given(
     st.lists(st.integers(0, 2), max_size=24),
     st.integers(0, 2),

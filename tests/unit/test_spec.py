@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from draftloom import ComponentSpec, GraphError, InsertSpec, PipelineSpec, UsageError
 
+from .fakes import quick
+
 EXAMPLE = """
 target = "Qwen/Qwen3.5-9B"
 drafter = { use = "dflash", checkpoint = "z-lab/Qwen3.5-9B-DFlash", width = 15 }
@@ -64,6 +66,7 @@ specs = st.builds(
 )
 
 
+@quick
 @given(specs)
 @example(PipelineSpec())
 @example(PipelineSpec(target="a\x7fb\\\"\t'\u2028"))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from draftloom import UsageError
 from draftloom.text import TextStream
 
-from .fakes import OneTokenEach, tokenizer
+from .fakes import OneTokenEach, quick, tokenizer
 
 REPLACEMENT = "\ufffd"
 PIECES = [
@@ -61,6 +61,7 @@ def decoded(tokens: Sequence[int]) -> str:
     return text.removeprefix(" ")
 
 
+@quick
 @given(texts)
 def test_pieces_make_up_the_text(text: str) -> None:
     tokens = tokenizer().encode(text, add_special_tokens=False)
@@ -68,6 +69,7 @@ def test_pieces_make_up_the_text(text: str) -> None:
     assert "".join(pieces) == decoded(tokens)
 
 
+@quick
 @given(texts.filter(lambda t: REPLACEMENT not in t))
 def test_no_half_characters_when_every_byte_is_a_token(text: str) -> None:
     tokens = byte_tokens(text)
@@ -81,6 +83,7 @@ def test_byte_tokens_really_split_characters() -> None:
     assert tokenizer().decode(byte_tokens("👍日é")) == "👍日é"
 
 
+@quick
 @given(st.lists(st.integers(0, 8191).filter(lambda t: "\0" not in decoded([t])), max_size=12))
 def test_any_tokens_give_what_decoding_them_at_once_gives(tokens: list[int]) -> None:
     pieces, _ = pushed(tokens)
@@ -97,6 +100,7 @@ def test_an_unfinished_character_at_the_end_is_not_lost() -> None:
 # --- stop strings ----------------------------------------------------------------------------
 
 
+@quick
 @given(
     st.text("abc", max_size=14),
     st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3),
