@@ -173,7 +173,8 @@ def judge(position: int, ours: int | None, theirs: int | None, logits: mx.array)
     if ours is None or theirs is None:
         bound = tie_bound(logits.dtype)
         return Difference(position, ours, theirs, None, None, None, bound, "bug")
-    our, their = (float(x) for x in logits[mx.array([ours, theirs])].astype(mx.float32).tolist())
+    pair: Any = logits[mx.array([ours, theirs])].astype(mx.float32).tolist()
+    our, their = pair
     margin, bound = their - our, tie_bound(logits.dtype, our, their)
     # NaN compares false: a margin that is no number is a bug.
     verdict: Verdict = "tie" if abs(margin) <= bound else "bug"
