@@ -1,0 +1,184 @@
+"""One generation of a drawn pipeline, looked at after every cycle."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import attrs
+import numpy as np
+
+from draftloom import PipelineBuilder
+from draftloom.contracts import TargetAdapter
+from draftloom.events import CycleEvent
+from draftloom.pipeline import GenerateOptions
+from tests.support import models, pipelines
+from tests.support.drafters import MODES, ScriptedDrafter
+from tests.support.oracle import Trace, greedy_trace
+
+__all__ = ["DRAFTERS", "ROLLBACKS", "TAPS", "VERIFIERS", "Case", "rollbacks_for", "run"]
+
+TAPS = (0, 2)
+NEW_TOKENS = 18
+DRAFTERS = (
+    "none",
+    "prompt-lookup",
+    "autoregressive-attention",
+    "autoregressive-hybrid",
+    "autoregressive-itself",
+    "dflash",
+    "cascade",
+    *(f"scripted-{mode}" for mode in MODES),
+)
+ROLLBACKS: dict[str, Any] = {
+    "auto": "auto",
+    "snapshot": "snapshot",
+    "replay+snapshot": {"gated-delta": "tape-replay", "attention": "snapshot"},
+    "snapshot+trim": {"gated-delta": "snapshot", "attention": "trim"},
+}
+VERIFIERS = ("block", "sequential")
+
+
+def rollbacks_for(family: str) -> tuple[str, ...]:
+    """The rollbacks that differ for a family: mixtures need two kinds of caches."""
+    hybrid = any(family == f.name for f in models.HYBRID)
+    return tuple(ROLLBACKS) if hybrid else ("auto", "snapshot")
+
+
+@attrs.frozen
+class Case:
+    """What a generation is made of.
+
+    Attributes:
+        family, drafter, rollback, verifier: names.
+        block_size: 1..16, counts the anchor.
+        prompt: token ids.
+        seed: of the corruptions.
+        prefill_chunk: prompt tokens at once.
+    """
+
+    family: str
+    drafter: str
+    rollback: str
+    verifier: str
+    block_size: int
+    prompt: tuple[int, ...]
+    seed: int = 0
+    prefill_chunk: int = 2048
+
+    @property
+    def trace(self) -> Trace:
+        """Plain mlx-lm on the same prompt; goes on past the end, for drafts that do."""
+        return greedy_trace(self.family, self.prompt, NEW_TOKENS + 16)
+
+
+@lru_cache(maxsize=32)
+def _draft_model(family: str, seed: int) -> TargetAdapter:
+    return pipelines.adapt(models.new(models.FAMILIES[family], seed))
+
+
+def _with_drafter(case: Case, builder: PipelineBuilder, folder: Path) -> PipelineBuilder:
+    name, _, detail = case.drafter.partition("-")
+    if name == "scripted":
+        return builder.drafter(
+            "test.scripted", text=case.trace.tokens, vocab_size=models.VOCAB, mode=detail,
+            seed=case.seed, taps=TAPS,
+        )  # fmt: skip
+    if name == "autoregressive":
+        chosen = {"attention": ("qwen3", 7), "hybrid": ("qwen3_5-v2", 7)}.get(
+            detail, (case.family, 0)
+        )
+        return builder.drafter("autoregressive", model=_draft_model(*chosen))
+    checkpoint = folder / "dflash"
+    if not checkpoint.is_dir():
+        pipelines.dflash_checkpoint(
+            checkpoint, hidden=models.HIDDEN, vocab=models.VOCAB, taps=TAPS, block_size=16
+        )
+    if name == "dflash":
+        return builder.drafter("dflash", checkpoint=str(checkpoint))
+    if name == "cascade":
+        lookup = {"use": "prompt-lookup", "max_ngram": 2}
+        stages = [lookup, {"use": "dflash", "checkpoint": str(checkpoint)}]
+        return builder.drafter("cascade", stages=stages)
+    return builder.drafter(case.drafter)
+
+
+def build(case: Case, folder: Path, tokenizer: Any = None) -> PipelineBuilder:
+    """The pipeline of a case, to be built.
+
+    Args:
+        case: which.
+        folder: where the random DFlash checkpoint lies or is made.
+        tokenizer: an object with `eos_token_ids`, or None.
+    """
+    builder = pipelines.builder(models.build(case.family), tokenizer)
+    builder = _with_drafter(case, builder, folder)
+    return (
+        builder.rollback(ROLLBACKS[case.rollback])
+        .verifier(case.verifier)
+        .block_size(case.block_size)
+    )
+
+
+def run(case: Case, folder: Path) -> int:
+    """Generate, and check after every cycle that
+
+    - the tokens are those of plain mlx-lm,
+    - the caches are those of a fresh prefill of all tokens but the last, bit for bit,
+    - the drafter has been shown exactly these tokens and the target's features of them,
+    - as many draft tokens were accepted as the text agrees with.
+
+    Returns:
+        Cycles run, the prompt's own not counted.
+    """
+    trace, start = case.trace, len(case.prompt)
+    with build(case, folder).build() as pipeline:
+        options = GenerateOptions(max_tokens=NEW_TOKENS, prefill_chunk=case.prefill_chunk)
+        engine = pipeline.engine(case.prompt, options)
+        drafter: Any = pipeline._parts.drafter
+        count, cycles, agreeing = start, 0, None
+        for event in engine.cycles():
+            emitted = trace.tokens[count : count + len(event.token_ids)]
+            assert event.token_ids == emitted, f"{case}, cycle {event.index}"
+            count += len(event.token_ids)
+            cycles += event.index > 0
+            different = trace.differences(engine.cache, count - 1)
+            assert not different, f"{case}, cycle {event.index}: {different}"
+            _check_acceptance(case, event, agreeing)
+            if isinstance(drafter, ScriptedDrafter) and event.finish_reason is None:
+                _check_shown(drafter, trace, count - 1)
+                agreeing = drafter.session.agreeing if drafter.session else None
+        assert not engine.stats.fell_back, engine.stats.fell_back
+        assert count - start == NEW_TOKENS
+        _check_use(case, engine.stats.drafted)
+    return cycles
+
+
+def _check_acceptance(case: Case, event: CycleEvent, agreeing: int | None) -> None:
+    assert 0 <= event.accepted <= event.verified < case.block_size
+    if case.drafter == "autoregressive-itself":
+        assert event.accepted == event.verified, f"{case}: the model disagrees with itself"
+    if case.drafter.startswith("scripted") and event.verified:
+        assert agreeing is not None
+        assert event.accepted == min(agreeing, event.verified), f"{case}, cycle {event.index}"
+    if event.finish_reason is None and event.index:
+        assert len(event.token_ids) == event.accepted + 1
+
+
+def _check_shown(drafter: ScriptedDrafter, trace: Trace, count: int) -> None:
+    session = drafter.session
+    assert session is not None
+    assert session.seen == list(trace.tokens[:count])
+    shown = np.concatenate([np.array(f)[0] for f in session.features]) if session.features else None
+    assert shown is not None
+    assert np.array_equal(shown, trace.taps(TAPS, count)), "features are not the layers' outputs"
+
+
+def _check_use(case: Case, drafted: int) -> None:
+    """That the drafter did its work: the rest says nothing about one that never proposes."""
+    proposes = ("autoregressive", "dflash", "scripted-right", "scripted-wrong", "scripted-half")
+    if case.block_size > 1 and case.drafter.startswith(proposes):
+        assert drafted > 0, f"{case}: nothing was drafted"
+    if case.block_size == 1 or case.drafter == "none":
+        assert drafted == 0

@@ -1,0 +1,16 @@
+"""How hypothesis is run: the same draws every time, so that a failure in CI is one everywhere."""
+
+from hypothesis import HealthCheck, settings
+
+__all__ = ["examples"]
+
+
+def examples(count: int) -> settings:
+    """Settings for a test of so many examples."""
+    return settings(
+        max_examples=count,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
