@@ -1,5 +1,6 @@
 """The decode loop: where texts end, what caches hold, how prompts and earlier caches are taken."""
 
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
@@ -40,6 +41,7 @@ def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@cache
 def answer(family: str = "attention", count: int = COUNT, prompt: Any = PROMPT) -> tuple[int, ...]:
     return plain(model(family), prompt, count)
 

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
@@ -36,6 +37,7 @@ COUNT = 16
 INT = mx.int32
 
 
+@cache
 def answer(family: str = "attention") -> tuple[int, ...]:
     return plain(model(family), PROMPT, COUNT)
 
