@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.generate import generate_step
+from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import ArraysCache, KVCache, make_prompt_cache
 
 from tests.support import models
@@ -53,24 +54,28 @@ def prefill(model: nn.Module, tokens: Sequence[int], chunk: int = 2048) -> list[
     return cache
 
 
-def by_hand(model: nn.Module, tokens: mx.array, cache: list[Any], mask: Any = None) -> list[Any]:
-    """Run the stock layers one by one: outputs of every layer, then the logits.
+def by_hand(model: nn.Module, tokens: mx.array, cache: list[Any]) -> list[mx.array]:
+    """Run the stock layers one by one.
 
     Args:
-        model: not wrapped by an adapter.
+        model: not wrapped by an adapter, and without factors of its own around the layers.
         tokens: [B, T].
         cache: its caches.
-        mask: for the attention layers where T > 1 (gated-delta layers take none).
+
+    Returns:
+        The embeddings, the outputs of every layer, the normed hidden states, the logits.
     """
     text = text_model(model)
-    hidden, outputs = text.model.embed_tokens(tokens), []
-    for layer, entry in zip(text.model.layers, cache, strict=True):
-        hidden = layer(hidden, None if getattr(layer, "is_linear", False) else mask, cache=entry)
+    hidden = text.model.embed_tokens(tokens)
+    masks = [create_attention_mask(hidden, e) if isinstance(e, KVCache) else None for e in cache]
+    outputs = [hidden]
+    for layer, entry, mask in zip(text.model.layers, cache, masks, strict=True):
+        hidden = layer(hidden, mask, cache=entry)
         outputs.append(hidden)
-    hidden = text.model.norm(hidden)
-    if text.args.tie_word_embeddings:
-        return [*outputs, text.model.embed_tokens.as_linear(hidden)]
-    return [*outputs, text.lm_head(hidden)]
+    outputs.append(text.model.norm(hidden))
+    tied = text.args.tie_word_embeddings
+    head = text.model.embed_tokens.as_linear if tied else text.lm_head
+    return [*outputs, head(outputs[-1])]
 
 
 @attrs.frozen(eq=False)
@@ -153,7 +158,7 @@ def trace(model: nn.Module, rows: Sequence[Sequence[int]]) -> Trace:
         for seen, entry in zip(slots, cache, strict=True):
             seen.append(_slots(entry))
     mx.eval(outputs)
-    *features, logits = (
+    _, *features, _, logits = (
         np.array(mx.concatenate(part, axis=1))[0] for part in zip(*outputs, strict=True)
     )
     entries = [
