@@ -170,7 +170,10 @@ class PipelineFlags:
         from draftloom.builder import PipelineBuilder
         from draftloom.spec import PipelineSpec
 
-        spec = PipelineSpec() if self.pipeline is None else PipelineSpec.from_file(self.pipeline)
+        spec = PipelineSpec()
+        if self.pipeline is not None:
+            text = read_text(self.pipeline, "pipeline file")
+            spec = PipelineSpec.from_toml(text, where=str(self.pipeline))
         if self.target is not None:
             spec = attrs.evolve(spec, target=self.target)
         builder = PipelineBuilder(plugins=plugins, spec=spec)
