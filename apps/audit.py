@@ -151,7 +151,7 @@ def tie_bound(dtype: mx.Dtype, *logits: float) -> float:
         dtype: of the target's logits.
         *logits: those that are compared.
     """
-    return _RELATIVE_BOUND.get(dtype, 2e-5) * max(1.0, *(abs(x) for x in logits))
+    return _RELATIVE_BOUND.get(dtype, 2e-5) * max([1.0, *map(abs, logits)])
 
 
 def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:

@@ -94,7 +94,7 @@ def chat(
                 "use `draftloom generate`, or name a target that has one",
             )
         conversation = Conversation(built, options, system=system or "", thinking=thinking)
-        _talk(conversation, interactive=sys.stdin.isatty())
+        _talk(conversation, interactive=_interactive())
 
 
 class Conversation:
@@ -149,6 +149,10 @@ class Conversation:
         self.messages = [*messages, {"role": "assistant", "content": result.text}]
         self.last = result
         summary(result)
+
+
+def _interactive() -> bool:
+    return sys.stdin.isatty()
 
 
 def _talk(conversation: Conversation, *, interactive: bool) -> None:

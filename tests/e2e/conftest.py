@@ -28,7 +28,7 @@ VOCAB = 8192
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>"
-    "{% if enable_thinking is defined and not enable_thinking %}<no-think>{% endif %}{% endif %}"
+    "{% if enable_thinking is defined and not enable_thinking %} quietly{% endif %}{% endif %}"
 )
 
 
