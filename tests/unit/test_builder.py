@@ -11,6 +11,7 @@ from draftloom import (
     ComponentInfo,
     ComponentSpec,
     DraftLaw,
+    DraftloomError,
     GraphError,
     ModelError,
     ModelInfo,
@@ -36,6 +37,7 @@ from .fakes import (
     PROMPT,
     Offer,
     model,
+    new_model,
     pipeline_of,
     plain,
     plugins,
@@ -489,6 +491,18 @@ def test_a_component_that_fails_to_bind_leaves_the_model_as_it_was() -> None:
     with pytest.raises(ModelError, match="no weights here"):
         pipeline_of(Fails(), target=target)
     assert ([type(layer) for layer in target.layers], type(target.layers[0].linear_attn)) == before
+
+
+def test_a_model_in_use_is_refused() -> None:
+    """Until the first pipeline is closed, its hybrid's layers are stood in for."""
+    target = new_model(HYBRID)
+    with pipeline_of(target=target):
+        wrapped = [type(layer.linear_attn) for layer in target.layers if layer.is_linear]
+        with pytest.raises(DraftloomError):
+            pipeline_of(target=target)
+        assert [type(la.linear_attn) for la in target.layers if la.is_linear] == wrapped
+    with pipeline_of(target=target) as pipeline:
+        assert pipeline.generate(PROMPT, max_tokens=3).token_ids == plain(target, PROMPT, 3)
 
 
 def test_a_pipeline_describes_itself() -> None:
