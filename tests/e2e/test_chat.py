@@ -46,14 +46,14 @@ def test_piped_conversation(
 
 def test_commands(cli: Callable[..., Any], tiny_chat: Path, answers: Callable[..., str]) -> None:
     lines = [
-        "/stats", "one", "/reset", "two", "/thinking off", "/reset", "three", "/system Be brief.",
+        "/stats", "one", "/reset", "two", "/thinking on", "/reset", "three", "/system Be brief.",
         "/thinking auto", "four", "/help", "/stats", "/quit", "never read",
     ]  # fmt: skip
     done = cli("chat", "--target", tiny_chat, *LOOKUP, stdin="\n".join(lines).encode())
     expected = [
         answers([user("one")]),
         answers([user("two")]),
-        answers([user("three")], enable_thinking=False),
+        answers([user("three")], enable_thinking=True),
         answers([{"role": "system", "content": "Be brief."}, user("four")]),
     ]
     assert done.code == 0
@@ -67,10 +67,11 @@ def test_commands(cli: Callable[..., Any], tiny_chat: Path, answers: Callable[..
 def test_system_message_and_thinking_as_options(
     cli: Callable[..., Any], tiny_chat: Path, answers: Callable[..., str]
 ) -> None:
-    options = ("--target", tiny_chat, *LOOKUP, "--system", "Be kind.", "--no-thinking")
+    options = ("--target", tiny_chat, *LOOKUP, "--system", "Be kind.", "--thinking")
     done = cli("chat", *options, stdin=b"hello")
     messages = [{"role": "system", "content": "Be kind."}, user("hello")]
-    assert done.out == answers(messages, enable_thinking=False) + "\n"
+    assert answers(messages, enable_thinking=True) != answers(messages)
+    assert done.out == answers(messages, enable_thinking=True) + "\n"
 
 
 def test_mistakes(cli: Callable[..., Any], tiny: Path, tiny_chat: Path) -> None:
