@@ -111,12 +111,12 @@ def _compare(
 ) -> tuple[str, str]:
     position = first_difference(ours, theirs)
     if position is None:
-        return "identical", f"all {len(ours)} equal to the target's own"
+        return "identical", f"yes: all {len(ours)} tokens equal to the target's own"
     reference = run_reference(model, prompt, ours, frozenset(), len(theirs))
     found = judge(position, ours[position], theirs[position], reference.logits)
     return (
         found.verdict,
-        f"differ from token {position} on: {found.verdict} (margin {found.margin})",
+        f"no: different from token {position} on: {found.verdict} (margin {found.margin})",
     )
 
 
@@ -147,7 +147,7 @@ def render(report: DemoReport, console: Console) -> Table:
     table.add_row("speculative", f"{ours:.1f} tokens/s")
     table.add_row("target alone", f"{alone:.1f} tokens/s, plain mlx-lm in this same run")
     table.add_row("", _verdict_on_speed(report))
-    table.add_row("tokens", report.comparison)
+    table.add_row("lossless", report.comparison)
     table.add_row("device", f"{report.device}, {report.dtype}")
     table.add_row("versions", _versions())
     return table

@@ -23,7 +23,7 @@ def test_demo_as_a_process() -> None:
     assert done.stdout.startswith(DEMO_PROMPT)
     for word in ("acceptance length", "cycles", "tokens/s", "target alone", "mlx-lm 0."):
         assert word in done.stdout, word
-    assert "all 12 equal to the target's own" in done.stdout
+    assert "yes: all 12 tokens equal the target's own" in done.stdout
     assert all(line == line.rstrip() for line in done.stdout.splitlines())
 
 

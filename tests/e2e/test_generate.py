@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import time
@@ -306,3 +307,58 @@ def test_interrupt_in_the_prompt(cli: Callable[..., Any], tiny: Path) -> None:
     assert done.code == 0
     assert (done.json["text"], done.json["finish_reason"]) == ("", "cancelled")
     assert done.json["token_ids"] == []
+
+
+class PressesTwice:
+    """A plugin that observes a cycle and loses patience."""
+
+    @draftloom.hookimpl
+    def cycle_finished(self, event: draftloom.CycleEvent) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_second_interrupt_is_exit_code_130(cli: Callable[..., Any], tiny: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    done = cli("generate", PROMPT, "--target", tiny, *LOOKUP, plugins=[PressesTwice()])
+    assert done.code == 130
+    assert "Traceback" not in done.err
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.slow
+def test_terminal_gets_progress_and_a_summary(program: str, tiny: Path) -> None:
+    """stdout and stderr on a terminal; with stdout in a pipe, the text stays plain."""
+    command = [program, "generate", PROMPT, "--target", str(tiny), *map(str, LOOKUP)]
+    model, tokenizer = mlx_lm.load(str(tiny))
+    text = mlx_lm.generate(model, tokenizer, PROMPT, max_tokens=8)
+    screen, piped = _on_a_terminal([*command, "--max-tokens", "8"])
+    assert piped == text.encode() + b"\n"
+    assert b"8 tokens" in screen
+    assert b"acceptance length" in screen
+    assert b"prompt" in screen
+    assert b"Traceback" not in screen
+
+
+def _on_a_terminal(command: list[str]) -> tuple[bytes, bytes]:
+    """What a terminal on stderr shows, and what a pipe on stdout gets."""
+    ours, theirs = os.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "200"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=theirs, stdin=subprocess.DEVNULL, env=environment
+    ) as running:
+        os.close(theirs)
+        screen = b""
+        while True:
+            try:
+                data = os.read(ours, 4096)
+            except OSError:  # how Linux says that the other end is closed
+                break
+            if not data:
+                break
+            screen += data
+        assert running.stdout is not None
+        piped = running.stdout.read()
+    os.close(ours)
+    assert running.returncode == 0, screen
+    return screen, piped
