@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,8 +40,9 @@ def describe_model(model: ModelInfo, adapter: str) -> tuple[TargetInfo, Any]:
         ModelError: mlx-lm does not know the model type, or the config lacks what its class needs.
     """
     try:
-        model_class, args_class = _get_classes(dict(model.config))
-        skeleton = model_class(args_class.from_dict(dict(model.config)))
+        config = copy.deepcopy(dict(model.config))  # mlx-lm's arguments rewrite nested tables
+        model_class, args_class = _get_classes(config)
+        skeleton = model_class(args_class.from_dict(config))
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ModelError(

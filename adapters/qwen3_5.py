@@ -8,7 +8,7 @@ from mlx_lm.models.qwen3_5 import GatedDeltaNet
 from mlx_lm.models.qwen3_next import Qwen3NextGatedDeltaNet
 
 from draftloom.contracts import CacheKind, TargetInfo
-from draftloom.errors import UnsupportedModelError
+from draftloom.errors import UnsupportedModelError, UsageError
 from draftloom.model_info import ModelInfo
 
 from .base import MlxLmAdapter, describe_model, language_model
@@ -16,7 +16,7 @@ from .gated_delta import RecordingMixer, project_qwen3_5, project_qwen3_next
 
 __all__ = ["MODEL_TYPES", "HybridAdapter"]
 
-MODEL_TYPES = ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next")
+MODEL_TYPES = ("qwen3_5", "qwen3_5_moe", "qwen3_next")
 _PROJECTIONS = {GatedDeltaNet: project_qwen3_5, Qwen3NextGatedDeltaNet: project_qwen3_next}
 
 
@@ -26,12 +26,16 @@ class HybridAdapter(MlxLmAdapter):
     def __init__(self, model: nn.Module, info: TargetInfo) -> None:
         super().__init__(model, info)
         self._mixers: list[tuple[nn.Module, nn.Module]] = []
-        for layer in self._text.model.layers:
-            if not layer.is_linear:
-                continue
-            mixer = layer.linear_attn
-            if getattr(mixer, "sharding_group", None) is not None:
+        recurrent = [layer for layer in self._text.model.layers if layer.is_linear]
+        for layer in recurrent:
+            if isinstance(layer.linear_attn, RecordingMixer):
+                raise UsageError(
+                    f"{info.name} is in use by another pipeline", "close that one first"
+                )
+            if getattr(layer.linear_attn, "sharding_group", None) is not None:
                 raise UnsupportedModelError(f"{info.name} is sharded over processes")
+        for layer in recurrent:
+            mixer = layer.linear_attn
             self._mixers.append((layer, mixer))
             layer.linear_attn = RecordingMixer(mixer, _PROJECTIONS[type(mixer)])
 

@@ -21,7 +21,7 @@ from draftloom.model_info import ModelInfo
 __all__ = ["SMALL_MODEL", "check_weight_files", "compute_dtype", "load"]
 
 SMALL_MODEL = 1_000_000_000
-"""Parameters below which `auto` computes in float32 on a CPU."""
+"""Parameters below which a model is unpacked, and `auto` chooses the type by the device."""
 
 
 def load(model: ModelInfo, dtype: str) -> LoadedModel | None:
@@ -30,8 +30,9 @@ def load(model: ModelInfo, dtype: str) -> LoadedModel | None:
     Args:
         model: its config.
         dtype: ``auto`` keeps the stored types, except that models below `SMALL_MODEL` parameters
-            are computed in float32 on a CPU, unquantized: there quantized products are slower
-            and float32 is exact for any number of rows. A type's name casts to that type.
+            are computed in float32 on a CPU (exact for any number of rows) and in bfloat16 on a
+            GPU. A type's name casts to that type. Models below `SMALL_MODEL` are unpacked where
+            they are stored quantized: for them packing saves space, not time.
 
     Returns:
         None for a model without a folder.
@@ -100,7 +101,7 @@ def _check_safetensors(file: Path) -> None:
 
 
 def compute_dtype(dtype: str, parameters: int) -> mx.Dtype | None:
-    """The type to cast to, None to keep what is stored.
+    """The type to compute in, None to keep what is stored.
 
     Args:
         dtype: ``auto`` or a type's name.
@@ -108,16 +109,18 @@ def compute_dtype(dtype: str, parameters: int) -> mx.Dtype | None:
     """
     if dtype != "auto":
         return getattr(mx, dtype)  # type: ignore[no-any-return]
-    if mx.default_device() == mx.cpu and parameters < SMALL_MODEL:
-        return mx.float32
-    return None
+    if parameters >= SMALL_MODEL:
+        return None
+    return mx.float32 if mx.default_device() == mx.Device(mx.cpu) else mx.bfloat16
 
 
 def _cast(module: nn.Module, dtype: str) -> nn.Module:
-    target = compute_dtype(dtype, get_total_parameters(module))
+    parameters = get_total_parameters(module)
+    target = compute_dtype(dtype, parameters)
     if target is None:
         return module
-    if dtype == "auto" and any(name.endswith(".scales") for name, _ in _parameters(module)):
+    packed = any(name.endswith(".scales") for name, _ in _parameters(module))
+    if packed and parameters < SMALL_MODEL:
         module = dequantize_model(module)
     text = getattr(module, "language_model", module)
     keep = getattr(text, "cast_predicate", None) or (lambda path: True)

@@ -9,12 +9,19 @@ import mlx.core as mx
 
 from draftloom.contracts import CacheKind, ComponentInfo
 
+from .fixed_length import FixedLengthEntry, serves
+
 __all__ = ["TrimRollback"]
 
 
 class TrimRollback:
     """Rolls key/value caches back by their offset. Copies nothing and keeps no reference to a
-    key or value buffer, which would defeat MLX's in-place updates."""
+    key or value buffer, which would defeat MLX's in-place updates.
+
+    Args:
+        fixed_length: show verify the cache at its allocated length (see `.fixed_length`); by
+            default where that pays.
+    """
 
     info = ComponentInfo(
         "trim",
@@ -22,17 +29,22 @@ class TrimRollback:
         cache_kinds=(CacheKind.ATTENTION,),
     )
 
+    def __init__(self, fixed_length: bool | None = None) -> None:
+        self._fixed_length = fixed_length
+
     def begin(self, entry: Any, block: mx.array) -> _Trimmed:
         """Remember where the cache ended before block [B, K+1]."""
-        return _Trimmed(entry)
+        fixed = serves(entry) if self._fixed_length is None else self._fixed_length
+        return _Trimmed(entry, FixedLengthEntry(entry) if fixed else entry)
 
 
 class _Trimmed:
     reforwards = False
 
-    def __init__(self, entry: Any) -> None:
+    def __init__(self, cache: Any, entry: Any) -> None:
         self.entry = entry
-        self._base = entry.offset
+        self._cache = cache
+        self._base = cache.offset
 
     def commit(self, num_accepted: Sequence[int]) -> None:
         if len(set(num_accepted)) > 1:
@@ -43,6 +55,6 @@ class _Trimmed:
         self._go_to(self._base)
 
     def _go_to(self, offset: int) -> None:
-        if self.entry.offset < offset:
-            raise ValueError(f"the cache ends at {self.entry.offset}, before {offset}")
-        self.entry.trim(self.entry.offset - offset)
+        if self._cache.offset < offset:
+            raise ValueError(f"the cache ends at {self._cache.offset}, before {offset}")
+        self._cache.trim(self._cache.offset - offset)

@@ -104,12 +104,9 @@ def stream_generate(
             )
     wrapper = tokenizer if isinstance(tokenizer, TokenizerWrapper) else TokenizerWrapper(tokenizer)
     builder = PipelineBuilder().model(model, wrapper)
-    draft_adapter = None if draft_model is None else _adapt(builder.plugins, draft_model)
-    if draft_adapter is not None:
-        builder = builder.drafter("autoregressive", model=draft_adapter)
-    elif drafter == "auto":
+    if draft_model is None and drafter == "auto":
         builder = builder.drafter("prompt-lookup")
-    else:
+    elif draft_model is None:
         builder = builder.drafter(drafter)
     if "num_draft_tokens" in options:
         builder = builder.width(options["num_draft_tokens"])
@@ -124,7 +121,7 @@ def stream_generate(
         prefill_chunk=options.get("prefill_step_size", 2048),
         on_prefill=options.get("prompt_progress_callback"),
     )
-    return _responses(builder, prompt, chosen, draft_adapter)
+    return _responses(builder, prompt, chosen, draft_model)
 
 
 def _adapt(plugins: PluginManager, model: nn.Module) -> TargetAdapter:
@@ -135,9 +132,12 @@ def _adapt(plugins: PluginManager, model: nn.Module) -> TargetAdapter:
 
 
 def _responses(
-    builder: PipelineBuilder, prompt: Any, options: GenerateOptions, draft: TargetAdapter | None
+    builder: PipelineBuilder, prompt: Any, options: GenerateOptions, draft_model: nn.Module | None
 ) -> Iterator[GenerationResponse]:
+    draft = None if draft_model is None else _adapt(builder.plugins, draft_model)
     try:
+        if draft is not None:
+            builder = builder.drafter("autoregressive", model=draft)
         with builder.build() as pipeline:
             ids: Any = prompt.tolist() if isinstance(prompt, mx.array) else prompt
             engine = pipeline.engine(pipeline.encode(ids), options)

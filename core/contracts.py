@@ -353,7 +353,9 @@ class LayerSpeculation(Protocol):
     def commit(self, num_accepted: Sequence[int]) -> None:
         """Keep the anchor and `num_accepted[b]` draft tokens of each row.
 
-        Absolute: may be called again with smaller counts until the next `begin`.
+        Absolute: may be called again with smaller counts until the next `begin`. With
+        `reforwards` it is called only when everything was accepted (otherwise `abort`, and the
+        accepted tokens are run again).
         """
 
     def abort(self) -> None:

@@ -53,6 +53,8 @@ class GuardedDrafter:
         """Begin the generation."""
         try:
             self._session = self._drafter.open(request)
+            if self._session is None:
+                raise UsageError("open() returned no session")
         except Exception as error:  # noqa: BLE001 a drafter may fail in any way
             self.give_up(one_line(error))
 
@@ -73,7 +75,7 @@ class GuardedDrafter:
             return Draft.empty()
         try:
             proposal = self._session.propose(anchor, draft, sampling)
-            _check_shapes(proposal, draft)
+            _check_shapes(proposal, draft, self._vocab_size)
             usable = self._with_health(proposal.first(verify))
         except Exception as error:  # noqa: BLE001 a drafter may fail in any way
             self.give_up(one_line(error))
@@ -115,7 +117,7 @@ class GuardedDrafter:
         return mx.clip(ids, 0, self._vocab_size - 1).astype(mx.int32)
 
 
-def _check_shapes(draft: Draft, width: int) -> None:
+def _check_shapes(draft: Draft, width: int, vocab_size: int) -> None:
     tokens, law = draft.tokens, draft.law
     if tokens.ndim != 2 or tokens.shape[0] != 1 or tokens.shape[1] > width:
         raise UsageError(f"proposed tokens {tuple(tokens.shape)}, at most (1, {width}) fit")
@@ -130,6 +132,10 @@ def _check_shapes(draft: Draft, width: int) -> None:
             raise UsageError(f"a {law} draft {'has no' if needed else 'must not have'} {name}")
         if rows is not None and (rows.ndim != 3 or rows.shape[:2] != tokens.shape):
             raise UsageError(f"{name} {tuple(rows.shape)} do not fit {tuple(tokens.shape)}")
+    if draft.probs is not None:
+        wanted = vocab_size if draft.candidates is None else draft.candidates.shape[-1]
+        if draft.probs.shape[-1] != wanted:
+            raise UsageError(f"a q row has {draft.probs.shape[-1]} entries, {wanted} are needed")
     if draft.healthy is not None and draft.healthy.shape != (1,):
         raise UsageError(f"healthy is {tuple(draft.healthy.shape)}, one flag a row is needed")
 

@@ -149,6 +149,7 @@ class Engine:
         self._anchor = request.prompt[-1]
         self._clock = time.perf_counter()
         self._last: CycleEvent | None = None
+        self._emitted: list[int] = []
         self._finished = False
 
     def _policy(self) -> AcceptancePolicy:
@@ -204,12 +205,14 @@ class Engine:
                 self.finish()
                 return
             self._plan.set("draft", Draft.empty())
+            self._set_anchor()
             while self._last is None or self._last.finish_reason is None:
                 event = self._cycle(0 if self._last is None else self._last.index + 1)
                 if self._last is None and self._request.on_prefill is not None:
                     total = len(self._request.prompt)
                     self._request.on_prefill(total, total)
                 self._last = event
+                self._emitted.extend(event.token_ids)
                 self.stats.add(event)
                 error = self._learn(event)
                 if event.finish_reason is None and error is None:
@@ -220,6 +223,8 @@ class Engine:
                     raise error
         except DraftloomError as error:
             self._finished = True
+            if isinstance(error, GenerationError):
+                error.token_ids = tuple(self._emitted)
             failure = FailureEvent(str(error), self.stats.generated_tokens)
             self._parts.hook.generation_failed(event=failure)
             raise
@@ -294,11 +299,10 @@ class Engine:
         draft: Draft = plan.get("draft")
         try:
             self._attempt()
-        except (GenerationError, KeyboardInterrupt):
+        except BaseException as error:
             self._abort()
-            raise
-        except Exception as error:
-            self._abort()
+            if isinstance(error, GenerationError) or not isinstance(error, Exception):
+                raise  # a policy that breaks its contract, or an interrupt
             if not draft.width:
                 raise _failure(error) from error
             draft = self._retry_alone(error)
@@ -325,16 +329,21 @@ class Engine:
         for step in self._plan.settle:
             step()
 
+    def _set_anchor(self) -> None:
+        self._plan.set("anchor", mx.array([self._anchor], dtype=mx.int32))
+
     def _retry_alone(self, error: Exception) -> Draft:
         """Run a failed cycle again without its draft. The drafter is to blame only if the target
         succeeds alone."""
         draft = Draft.empty()
         self._plan.set("draft", draft)
-        self._plan.set("anchor", None)  # the failed attempt may have put the next one there
+        self._set_anchor()  # the failed attempt may have put the next one there
         try:
             self._attempt()
-        except Exception as second:  # noqa: BLE001 raised again as a GenerationError
+        except BaseException as second:
             self._abort()
+            if not isinstance(second, Exception):
+                raise  # an interrupt
             raise _failure(second) from error
         self._drafter.give_up(one_line(error))
         return draft
@@ -400,9 +409,7 @@ class Engine:
         verify = min(width.verify, room - 1)
         return self._drafter.propose(anchor, width.draft, verify, self.sampling)
 
-    def _speculate(self, anchor: mx.array | None, draft: Draft) -> tuple[mx.array, Speculation]:
-        if anchor is None:
-            anchor = mx.array([self._anchor], dtype=mx.int32)
+    def _speculate(self, anchor: mx.array, draft: Draft) -> tuple[mx.array, Speculation]:
         block = anchor[:, None]
         if draft.width:
             block = mx.concatenate([block, draft.tokens], axis=1)

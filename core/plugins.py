@@ -79,7 +79,7 @@ class Component:
             module, _, attribute = self.factory.partition(":")
             try:
                 self.factory = getattr(importlib.import_module(module), attribute)
-            except (ImportError, AttributeError, ValueError) as error:
+            except (ImportError, AttributeError, TypeError, ValueError) as error:
                 raise PluginError(
                     f"plugin {self.plugin!r} names {self.factory!r} for {self.kind} "
                     f"{self.name!r}, which cannot be imported: {error}"

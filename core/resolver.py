@@ -91,8 +91,9 @@ class Resolver:
 
     def blueprint(self) -> Blueprint:
         model = self._model()
-        adapter = self.plugins.adapter_for(model).load()
-        target: TargetInfo = adapter.describe(model)
+        component = self.plugins.adapter_for(model)
+        adapter = component.load()
+        target: TargetInfo = attrs.evolve(adapter.describe(model), adapter=component.name)
         self._check_dtype()
         sampling = self._attempt("sampling", self._sampling)
         drafter = self._drafter(target, model)
@@ -192,7 +193,7 @@ class Resolver:
         spec = ComponentSpec.of(stage)
         if spec.use == "auto" and self._auto is not None:
             spec = self._auto
-        spec = self._known_drafter(spec)
+        spec = self._with_checkpoint(self._known_drafter(spec))
         return self._make("drafter", spec)
 
     def _drafter(self, target: TargetInfo, model: ModelInfo) -> Any:
@@ -210,10 +211,14 @@ class Resolver:
         resolved = self._attempt("drafter", lambda: self._known_drafter(spec))
         if resolved is None:
             return None
-        if self._auto is not None and resolved.use == self._auto.use and not resolved.options:
-            resolved = self._auto  # `--drafter dflash` for a target whose checkpoint is known
+        resolved = self._with_checkpoint(resolved)
         self.spec = attrs.evolve(self.spec, drafter=resolved)
         return self._make("drafter", resolved)
+
+    def _with_checkpoint(self, spec: ComponentSpec) -> ComponentSpec:
+        """`dflash` alone, for a target whose checkpoint is known, means that checkpoint."""
+        known = self._auto
+        return known if known is not None and spec == ComponentSpec(known.use) else spec
 
     def _known_drafter(self, spec: ComponentSpec) -> ComponentSpec:
         """A registered name as it is; a folder or repository as the drafter that serves it."""
@@ -297,8 +302,7 @@ class Resolver:
     ) -> tuple[Graph | None, dict[str, CycleNode]]:
         nodes: dict[str, CycleNode] = {}
         if any(component is None for component in made):
-            for insert in self.spec.inserts:  # still say what is wrong with these
-                self._make("node", insert.component)
+            self._check_inserts()
             return None, nodes
         drafter, verifier, acceptance, width = made[:4]
         notes = (
@@ -325,6 +329,17 @@ class Resolver:
             graph = self._attempt("insert", place) or graph
             nodes.update(dict.fromkeys(set(graph.names) - before, component))
         return graph, nodes
+
+    def _check_inserts(self) -> None:
+        """Without a whole graph, still say what is wrong with the inserted nodes and places."""
+        places = {node.name for node in standard_nodes("", "", "", "", "")}
+        places |= {insert.component.use for insert in self.spec.inserts}
+        for insert in self.spec.inserts:
+            self._make("node", insert.component)
+            place = insert.after or insert.before
+            if place not in places:
+                hint = did_you_mean(place, places)
+                self._problem("insert", f"no node named {place!r} to insert at", hint)
 
     def _check_needs(
         self,

@@ -61,29 +61,37 @@ class _Attention(nn.Module):
         rows, tokens, _ = x.shape
         queries = self.q_norm(self.q_proj(x).reshape(rows, tokens, self.heads, self.head_dim))
         queries = self.rope(queries.transpose(0, 2, 1, 3), offset=position)
-        keys, values = self.keys_values(x, position)
-        if cache.offset:
-            before_keys, before_values = cache.keys_and_values()
-            keys = mx.concatenate([before_keys, keys], axis=2)
-            values = mx.concatenate([before_values, values], axis=2)
+        context = cache.offset
+        # The block's rows are written behind the context, used, and given up again.
+        keys, values = cache.update_and_fetch(*self.keys_values(x, position))
+        if _plans_attention():
+            keys, values = cache.keys, cache.values
+        cache.trim(tokens)
         output = mx.fast.scaled_dot_product_attention(
-            queries, keys, values, scale=self.scale, mask=self._mask(tokens, cache.offset)
+            queries, keys, values, scale=self.scale, mask=self._mask(tokens, context, keys.shape[2])
         )
         return self.o_proj(output.transpose(0, 2, 1, 3).reshape(rows, tokens, -1))
 
-    def _mask(self, tokens: int, context: int) -> mx.array | None:
-        """Which keys [T, context + T] a query may see; None is all."""
-        window = self.window
-        if not self.causal and (window is None or context + tokens <= window):
+    def _mask(self, tokens: int, context: int, length: int) -> mx.array | None:
+        """Which keys [T, length] a query may see; None is all. Rows from context + T on are
+        allocated and not written."""
+        window, end = self.window, context + tokens
+        if not self.causal and length == end and (window is None or end <= window):
             return None
         query = context + mx.arange(tokens)[:, None]
-        key = mx.arange(context + tokens)[None]
-        mask = mx.ones((tokens, context + tokens), dtype=mx.bool_)
+        key = mx.arange(length)[None]
+        mask = mx.broadcast_to(key < end, (tokens, length))
         if window is not None:
             mask = mask & ((query - key < window) | (key >= context))
         if self.causal:
             mask = mask & (key <= query)
         return mask
+
+
+def _plans_attention() -> bool:
+    """Whether MLX plans its attention for the exact number of keys, so that one number for many
+    cycles is worth a mask (CUDA)."""
+    return mx.default_device() == mx.Device(mx.gpu) and mx.cuda.is_available()
 
 
 class _MLP(nn.Module):
