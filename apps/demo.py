@@ -111,7 +111,7 @@ def _compare(
 ) -> tuple[str, str]:
     position = first_difference(ours, theirs)
     if position is None:
-        return "identical", f"yes: all {len(ours)} tokens equal to the target's own"
+        return "identical", f"yes: all {len(ours)} tokens equal the target's own"
     reference = run_reference(model, prompt, ours, frozenset(), len(theirs))
     found = judge(position, ours[position], theirs[position], reference.logits)
     return (
