@@ -1,0 +1,1 @@
+"""Training of drafters on the device that runs the model."""
