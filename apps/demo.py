@@ -1,12 +1,15 @@
 """`python -m draftloom.apps.demo`: the bundled pair writes, and a table says how it went.
 
 Every number is measured in this run. The target alone is plain mlx-lm on the same weights, after
-the pipeline has been closed; both are timed from their first token to their last.
+the pipeline has been closed. Speeds are those of the median step, so that a stall of a busy
+machine does not decide.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -36,7 +39,8 @@ class DemoReport:
 
     Attributes:
         result: the pipeline's text, tokens and counts.
-        plain_tokens_per_second: the target alone, through mlx-lm.
+        tokens_per_second: speculative: tokens a cycle over the median seconds of a cycle.
+        plain_tokens_per_second: the target alone, through mlx-lm: one over its median step.
         comparison: whether the tokens are the target's own, in words.
         verdict: ``identical``, ``tie`` or ``bug``.
         device: where it ran.
@@ -44,6 +48,7 @@ class DemoReport:
     """
 
     result: draftloom.GenerationResult
+    tokens_per_second: float
     plain_tokens_per_second: float
     comparison: str
     verdict: str
@@ -91,19 +96,25 @@ def measure(printer: TextPrinter, max_tokens: int, block_size: int | None = None
     with busy("the target alone"):
         tokens, speed, dtype = _alone(model, prompt, max_tokens)
     verdict, comparison = _compare(model, prompt, result.token_ids, tokens)
-    return DemoReport(result, speed, comparison, verdict, _device_name(), dtype)
+    cycles = [chunk.cycle for chunk in chunks if chunk.cycle.index]
+    committed = sum(len(cycle.token_ids) for cycle in cycles)
+    ours = _per_second([cycle.seconds for cycle in cycles]) * committed / max(len(cycles), 1)
+    return DemoReport(result, ours, speed, comparison, verdict, _device_name(), dtype)
 
 
 def _alone(model: object, prompt: Sequence[int], max_tokens: int) -> tuple[list[int], float, str]:
-    """Tokens of plain mlx-lm, its tokens a second from the first token to the last, and the type
-    of its logits."""
-    begin, tokens, dtype = 0.0, [], ""
+    """Tokens of plain mlx-lm, its tokens a second, and the type of its logits."""
+    times, tokens, dtype = [], [], ""
     for token, logprobs in generate_step(mx.array(list(prompt)), model, max_tokens=max_tokens):
         tokens.append(int(token))
-        if len(tokens) == 1:
-            begin, dtype = time.perf_counter(), str(logprobs.dtype).removeprefix("mlx.core.")
-    seconds = time.perf_counter() - begin
-    return tokens, (len(tokens) - 1) / seconds if len(tokens) > 1 else 0.0, dtype
+        times.append(time.perf_counter())
+        dtype = str(logprobs.dtype).removeprefix("mlx.core.")
+    return tokens, _per_second([b - a for a, b in itertools.pairwise(times)]), dtype
+
+
+def _per_second(seconds: Sequence[float]) -> float:
+    """One over the median; 0 of nothing."""
+    return 1 / statistics.median(seconds) if seconds else 0.0
 
 
 def _compare(
@@ -143,9 +154,11 @@ def render(report: DemoReport, console: Console) -> Table:
         table.add_row(
             "acceptance by position" if index == 1 else "", f"{index:>2} {bar} {rate:4.0%}"
         )
-    ours, alone = stats.decode_tokens_per_second, report.plain_tokens_per_second
+    ours, alone = report.tokens_per_second, report.plain_tokens_per_second
     table.add_row("speculative", f"{ours:.1f} tokens/s")
-    table.add_row("target alone", f"{alone:.1f} tokens/s, plain mlx-lm in this same run")
+    table.add_row(
+        "target alone", f"{alone:.1f} tokens/s, plain mlx-lm in this same run (median steps)"
+    )
     table.add_row("", _verdict_on_speed(report))
     table.add_row("lossless", report.comparison)
     table.add_row("device", f"{report.device}, {report.dtype}")
@@ -155,16 +168,16 @@ def render(report: DemoReport, console: Console) -> Table:
 
 def _verdict_on_speed(report: DemoReport) -> str:
     stats, alone = report.result.stats, report.plain_tokens_per_second
-    ours = stats.decode_tokens_per_second
+    ours = report.tokens_per_second
     if not stats.cycles or not ours or not alone:
         return "too few tokens to say"
     if stats.fell_back:
         return f"the drafter was given up: {stats.fell_back}"
     if ours >= alone:
         return f"{ours / alone:.2f} times as fast"
-    cost = stats.decode_seconds / stats.cycles * alone
     gain, place = stats.acceptance_length, "CPU" if report.device.endswith("(cpu)") else "device"
-    return f"slower: a cycle gives {gain:.1f}, on this {place} it costs {cost:.1f}"
+    cost = gain * alone / ours
+    return f"slower: a cycle gives {gain:.1f} tokens, on this {place} it costs {cost:.1f} steps"
 
 
 def _versions() -> str:

@@ -36,7 +36,7 @@ def report() -> demo.DemoReport:
     )  # fmt: skip
     names = dict.fromkeys(("target", "drafter", "rollback"), "x") | {"width": "fixed 3"}
     result = draftloom.GenerationResult("", (), "length", stats, 0, names)
-    return demo.DemoReport(result, 3.0, "all equal", "identical", "A chip (gpu)", "bfloat16")
+    return demo.DemoReport(result, 6.0, 3.0, "all equal", "identical", "A chip (gpu)", "bfloat16")
 
 
 def shown(report: demo.DemoReport, encoding: str = "utf-8") -> str:
@@ -50,7 +50,7 @@ def shown(report: demo.DemoReport, encoding: str = "utf-8") -> str:
 def test_speed_is_told_as_it_is(report: demo.DemoReport) -> None:
     assert "2.00 times as fast" in shown(report)
     slow = attrs.evolve(report, plain_tokens_per_second=30.0, device="A chip (cpu)")
-    assert "slower: a cycle gives 3.0, on this CPU it costs 15.0" in shown(slow)
+    assert "slower: a cycle gives 3.0 tokens, on this CPU it costs 15.0 steps" in shown(slow)
 
 
 def test_bars_follow_the_rates_also_without_unicode(report: demo.DemoReport) -> None:
