@@ -132,6 +132,18 @@ def test_max_tokens_cuts_inside_a_block(family: str, count: int) -> None:
     assert same_caches(caches, fresh_cache(model(family), held(text[:count])))
 
 
+@pytest.mark.parametrize("count", range(2, 9))
+def test_no_more_is_verified_than_still_fits(count: int) -> None:
+    events: list[CycleEvent] = []
+    with pipeline_of(knows(answer())) as pipeline:
+        pipeline.generate(PROMPT, max_tokens=count, on_cycle=events.append)
+    left = count
+    for event in events:
+        assert event.verified < left, "the last token needs no draft"
+        left -= len(event.token_ids)
+    assert left == 0
+
+
 def test_a_single_token_drafts_nothing() -> None:
     drafter = knows(answer())
     with pipeline_of(drafter) as pipeline:

@@ -237,6 +237,22 @@ def test_a_drafter_that_was_given_up_is_not_asked_again() -> None:
     assert told == 3, "two parts of the prompt and one cycle"
 
 
+def test_two_faults_in_one_cycle_are_told_once() -> None:
+    """The draft is unusable, and the drafter fails again when it is told what came instead."""
+
+    class Doubly(Misbehaving):
+        def observe(self, committed: Any, features: Any) -> None:
+            super().observe(committed, features)
+            if len(self.asked) == 2:
+                raise OSError("and again")
+
+    drafter = Doubly("propose", 1, proposal([[1, VOCAB]]), "attention")
+    tokens, stream, told, _ = run_with(drafter, "attention")
+    assert tokens == answer()
+    assert len(told) == 1
+    assert stream.stats.fell_back
+
+
 def test_the_next_generation_tries_the_drafter_again() -> None:
     drafter = Misbehaving("propose", 1, fail, "attention")
     with pipeline_of(drafter) as pipeline:
@@ -477,6 +493,30 @@ def test_a_failing_node_loses_nothing_wherever_it_is(place: str, family: str) ->
     assert same_caches(stream.cache, fresh_cache(model(family), held))
     (failure,) = observer.all("failed")
     assert failure.generated_tokens == len(handed)
+
+
+@pytest.mark.parametrize("place", PLACES[2:])
+@pytest.mark.parametrize("family", ["attention", "hybrid"])
+def test_a_node_that_fails_once_has_its_cycle_tried_again(place: str, family: str) -> None:
+    class FailsOnce(FailsAt):
+        def __call__(self, *inputs: Any) -> None:
+            if self._left == 0:
+                self._left = -1
+                raise LookupError("only now")
+            self._left -= 1
+
+    tokens: list[int] = []
+    with pipeline_of(
+        half_right(answer(family), 2),
+        Offer(node={"fails-at": FailsOnce(2)}),
+        target=model(family),
+        configure=lambda b: b.insert("fails-at", after=place),
+    ) as pipeline:
+        stream = pipeline.stream(PROMPT, max_tokens=COUNT)
+        with pytest.warns(DrafterFallbackWarning, match="only now"):
+            hand_out(stream, tokens)
+    assert tuple(tokens) == answer(family)
+    assert same_caches(stream.cache, fresh_cache(model(family), (*PROMPT, *tokens)[:-1]))
 
 
 class BadWidth:
