@@ -28,9 +28,28 @@ class TapeReplayRollback:
         cache_kinds=(CacheKind.GATED_DELTA,),
     )
 
-    def begin(self, entry: Any, block: mx.array) -> _Recorded:
-        """Let the layer record block [B, K+1] instead of writing its cache."""
-        return _Recorded(entry, block.shape[1])
+    def begin(self, entry: Any, block: mx.array) -> _Recorded | _OneToken:
+        """Let the layer record block [B, K+1] instead of writing its cache. A block without draft
+        tokens needs no tape: the layer runs as in plain decoding."""
+        tokens = block.shape[1]
+        return _OneToken(entry) if tokens == 1 else _Recorded(entry, tokens)
+
+
+class _OneToken:
+    """The anchor alone: it is kept, or all of it is taken back. Layers replace the arrays of their
+    cache whole, so that the ones from before are kept by reference."""
+
+    reforwards = False
+
+    def __init__(self, entry: Any) -> None:
+        self.entry = entry
+        self._before = {**vars(entry), "cache": list(entry.cache)}
+
+    def commit(self, num_accepted: Sequence[int]) -> None:
+        """There is nothing to take back."""
+
+    def abort(self) -> None:
+        vars(self.entry).update({**self._before, "cache": list(self._before["cache"])})
 
 
 class _Recorded:
