@@ -17,7 +17,7 @@ from draftloom.contracts import (
 )
 from draftloom.sampling import SamplingState
 
-__all__ = ["MODES", "DenseDrafter", "ScriptedDrafter", "ScriptedSession"]
+__all__ = ["MODES", "DenseDrafter", "FixedDrafter", "ScriptedDrafter", "ScriptedSession"]
 
 MODES = ("right", "wrong", "half", "random", "short", "mixed")
 
@@ -120,6 +120,34 @@ class ScriptedSession:
             shift = 1 + int(self._rng.integers(self._vocab_size - 1))
             tokens[at] = (tokens[at] + shift) % self._vocab_size
         return tokens
+
+
+class FixedDrafter:
+    """Drafts from a text of its own, whatever the target writes.
+
+    Args:
+        text: position i of the draft is position i of this.
+    """
+
+    info = ComponentInfo("test.fixed", law=DraftLaw.DETERMINISTIC, default_width=3)
+
+    def __init__(self, text: tuple[int, ...]) -> None:
+        self._text = text
+        self._seen = 0
+
+    def open(self, request: DraftRequest) -> FixedDrafter:
+        """Begin a generation."""
+        self._seen = 0
+        return self
+
+    def observe(self, committed: Sequence[Sequence[int]], features: mx.array | None) -> None:
+        """Count."""
+        self._seen += len(committed[0])
+
+    def propose(self, anchor: mx.array, width: int, sampling: SamplingState) -> Draft:
+        """What follows in the text."""
+        start = self._seen + 1
+        return Draft.deterministic(mx.array([self._text[start : start + width]], dtype=mx.int32))
 
 
 class DenseDrafter:

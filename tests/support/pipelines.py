@@ -24,7 +24,7 @@ from draftloom.hookspecs import Register, hookimpl
 from draftloom.model_info import ModelInfo
 from draftloom.plugins import PluginManager
 from draftloom.verifiers.block import BlockVerifier
-from tests.support.drafters import DenseDrafter, ScriptedDrafter
+from tests.support.drafters import DenseDrafter, FixedDrafter, ScriptedDrafter
 
 __all__ = [
     "FailingVerifier",
@@ -66,6 +66,7 @@ class _Plugin:
     def register_drafters(self, register: Register) -> None:
         register("test.scripted", ScriptedDrafter)
         register("test.dense", DenseDrafter)
+        register("test.fixed", FixedDrafter)
 
     @hookimpl
     def register_verifiers(self, register: Register) -> None:
