@@ -1,0 +1,304 @@
+"""The timed runs: variants in turn, each repeat beginning with another one, warm-up apart.
+
+A variant is opened (its drafter's weights are loaded), warmed up, run over all prompts and
+lengths, and closed, which leaves the target as mlx-lm loaded it for the next one. None of that
+but the runs is timed. Prefill is the time to the first token, decode the time from there on.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import attrs
+import mlx.core as mx
+import mlx_lm
+
+from draftloom.errors import UsageError
+from draftloom.events import CycleEvent
+from draftloom.pipeline import Pipeline
+
+from .prompts import BenchPrompt
+from .subjects import Subject, Variant
+
+__all__ = ["EncodedPrompt", "Run", "Settings", "Text", "encode_prompts", "measure"]
+
+
+@attrs.frozen(kw_only=True)
+class Settings:
+    """How a benchmark is run.
+
+    Attributes:
+        lengths: tokens to generate, one set of runs each, ascending.
+        repeats: times that everything is run.
+        warm_up: tokens generated before the first timed run of an opened variant.
+        cool_down: seconds of rest before each variant's turn.
+        stop_at_eos: end texts where the model ends them; else all have the full length.
+    """
+
+    lengths: tuple[int, ...] = (256,)
+    repeats: int = 3
+    warm_up: int = 16
+    cool_down: float = 0.0
+    stop_at_eos: bool = False
+
+
+@attrs.frozen
+class EncodedPrompt:
+    """A prompt as token ids.
+
+    Attributes:
+        suite: where it is from.
+        ids: token ids.
+    """
+
+    suite: str
+    ids: tuple[int, ...]
+
+
+@attrs.frozen
+class Run:
+    """One text.
+
+    Attributes:
+        variant, suite: names.
+        prompt: index of the prompt.
+        length: tokens asked for.
+        repeat: from 0.
+        order: position in the order of all runs, from 0.
+        prompt_tokens, tokens: of the prompt; generated.
+        prefill_seconds: to the first token.
+        decode_seconds: from the first token to the last.
+        peak_bytes: most device memory held by MLX during the run, weights included.
+        cycles, drafted, verified, accepted: counts; 0 for plain mlx-lm.
+        verified_by_position, accepted_by_position: cycles, by draft position.
+        fell_back: why the drafter was given up; empty while it works.
+        same_tokens: whether they are those of plain mlx-lm in the same repeat; None where
+            that says nothing (simulated) or there is no such run.
+    """
+
+    variant: str
+    suite: str
+    prompt: int
+    length: int
+    repeat: int
+    order: int
+    prompt_tokens: int
+    tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+    peak_bytes: int
+    cycles: int = 0
+    drafted: int = 0
+    verified: int = 0
+    accepted: int = 0
+    verified_by_position: tuple[int, ...] = ()
+    accepted_by_position: tuple[int, ...] = ()
+    fell_back: str = ""
+    same_tokens: bool | None = None
+
+
+@attrs.frozen
+class Text:
+    """A text with the origin of each token.
+
+    Attributes:
+        variant: who wrote it.
+        pieces: (text, origin, cycle) a token; origin is ``first``, ``plain``, ``drafted``,
+            ``corrected`` or ``bonus``.
+    """
+
+    variant: str
+    pieces: tuple[tuple[str, str, int], ...]
+
+
+@attrs.frozen(eq=False)
+class _Raw:
+    tokens: tuple[int, ...]
+    prefill: float
+    decode: float
+    peak: int
+    events: tuple[CycleEvent, ...] = ()
+    stats: Any = None
+
+
+def encode_prompts(subject: Subject, prompts: Sequence[BenchPrompt]) -> list[EncodedPrompt]:
+    """Prompts as token ids: through the chat template where there is one.
+
+    Raises:
+        UsageError: a prompt that leaves no room in the context.
+    """
+    plain = next(v.builder for v in subject.variants if v.builder is not None)
+    with plain.build() as pipeline:
+        chat = subject.tokenizer.has_chat_template
+        encoded = [
+            EncodedPrompt(
+                prompt.suite,
+                pipeline.encode(
+                    [{"role": "user", "content": prompt.text}] if chat else prompt.text
+                ),
+            )
+            for prompt in prompts
+        ]
+    for number, entry in enumerate(encoded, 1):
+        if subject.context_limit is not None and len(entry.ids) + 2 > subject.context_limit:
+            raise UsageError(
+                f"prompt {number} ({entry.suite}) has {len(entry.ids)} tokens, "
+                f"the target's context holds {subject.context_limit}"
+            )
+    return encoded
+
+
+def measure(
+    subject: Subject,
+    settings: Settings,
+    prompts: Sequence[EncodedPrompt],
+    progress: Callable[[str], None] = lambda what: None,
+) -> tuple[list[Run], list[Text]]:
+    """Run everything.
+
+    Args:
+        subject: what to run.
+        settings: how.
+        prompts: at least one.
+        progress: told what runs next.
+
+    Returns:
+        All runs in the order they were made, and one text a variant.
+    """
+    runs: list[Run] = []
+    texts: list[Text] = []
+    reference: dict[tuple[int, int, int], tuple[int, ...]] = {}
+    outputs: list[tuple[int, ...]] = []
+    for repeat in range(settings.repeats):
+        turn = repeat % len(subject.variants)
+        for variant in (*subject.variants[turn:], *subject.variants[:turn]):
+            progress(f"{variant.name}, repeat {repeat + 1} of {settings.repeats}")
+            time.sleep(settings.cool_down)
+            with _opened(subject, variant, settings) as run_one:
+                run_one(prompts[0].ids, settings.warm_up)
+                for length in settings.lengths:
+                    for index, prompt in enumerate(prompts):
+                        room = _room(subject, prompt, length)
+                        raw = run_one(prompt.ids, room)
+                        place = (variant.name, prompt.suite, index, length, repeat, len(runs))
+                        runs.append(_run(place, prompt, raw))
+                        outputs.append(raw.tokens)
+                        if variant.builder is None:
+                            reference[(repeat, index, length)] = raw.tokens
+                        elif repeat == 0 and index == 0 and length == settings.lengths[0]:
+                            texts.append(_text(subject, variant.name, raw))
+    if subject.simulation is None:
+        runs = [
+            run
+            if run.variant == subject.variants[0].name
+            else attrs.evolve(
+                run, same_tokens=reference[(run.repeat, run.prompt, run.length)] == tokens
+            )
+            for run, tokens in zip(runs, outputs, strict=True)
+        ]
+    return runs, texts
+
+
+def _room(subject: Subject, prompt: EncodedPrompt, length: int) -> int:
+    limit = subject.context_limit
+    return length if limit is None else min(length, limit - len(prompt.ids))
+
+
+_RunOne = Callable[[Sequence[int], int], _Raw]
+
+
+@contextmanager
+def _opened(subject: Subject, variant: Variant, settings: Settings) -> Iterator[_RunOne]:
+    """A function that runs one prompt; the target is as mlx-lm loaded it before and after."""
+    if variant.builder is None:
+        tokenizer = subject.tokenizer
+        if tokenizer is None:
+            from .simulate import no_text_tokenizer
+
+            tokenizer = no_text_tokenizer()
+        tokenizer = copy.copy(tokenizer)
+        if not settings.stop_at_eos:
+            tokenizer.eos_token_ids = ()
+        yield lambda ids, length: _alone(subject.model, tokenizer, ids, length)
+        return
+    with variant.builder.build() as pipeline:
+        yield lambda ids, length: _speculative(pipeline, ids, length, settings.stop_at_eos)
+
+
+def _alone(model: Any, tokenizer: Any, ids: Sequence[int], length: int) -> _Raw:
+    tokens: list[int] = []
+    mx.reset_peak_memory()
+    begin = first = time.perf_counter()
+    for response in mlx_lm.stream_generate(model, tokenizer, list(ids), max_tokens=length):
+        tokens.append(int(response.token))
+        if len(tokens) == 1:
+            first = time.perf_counter()
+    end = time.perf_counter()
+    return _Raw(tuple(tokens), first - begin, end - first, mx.get_peak_memory())
+
+
+def _speculative(pipeline: Pipeline, ids: Sequence[int], length: int, stop_at_eos: bool) -> _Raw:
+    tokens: list[int] = []
+    events: list[CycleEvent] = []
+    mx.reset_peak_memory()
+    begin = first = time.perf_counter()
+    stream = pipeline.stream(
+        list(ids), max_tokens=length, ignore_eos=not stop_at_eos, temperature=0.0
+    )
+    for chunk in stream:
+        if not tokens:
+            first = time.perf_counter()
+        tokens.extend(chunk.token_ids)
+        events.append(chunk.cycle)
+    end = time.perf_counter()
+    peak = mx.get_peak_memory()
+    return _Raw(tuple(tokens), first - begin, end - first, peak, tuple(events), stream.stats)
+
+
+def _run(place: tuple[str, str, int, int, int, int], prompt: EncodedPrompt, raw: _Raw) -> Run:
+    run = Run(*place, len(prompt.ids), len(raw.tokens), raw.prefill, raw.decode, raw.peak)
+    stats = raw.stats
+    if stats is None:
+        return run
+    return attrs.evolve(
+        run,
+        cycles=stats.cycles,
+        drafted=stats.drafted,
+        verified=stats.verified,
+        accepted=stats.accepted,
+        verified_by_position=tuple(stats.verified_by_position),
+        accepted_by_position=tuple(stats.accepted_by_position),
+        fell_back=stats.fell_back,
+    )
+
+
+def _text(subject: Subject, variant: str, raw: _Raw) -> Text:
+    detokenizer = None if subject.tokenizer is None else subject.tokenizer.detokenizer
+    pieces = []
+    for event in raw.events:
+        for position, token in enumerate(event.token_ids):
+            if detokenizer is None:
+                piece = f"{token} "
+            else:
+                detokenizer.add_token(token)
+                piece = detokenizer.last_segment
+            pieces.append((piece, _origin(event, position), event.index))
+    if detokenizer is not None and pieces:
+        detokenizer.finalize()
+        last = pieces[-1]
+        pieces[-1] = (last[0] + detokenizer.last_segment, *last[1:])
+    return Text(variant, tuple(pieces))
+
+
+def _origin(event: CycleEvent, position: int) -> str:
+    if event.index == 0:
+        return "first"
+    if not event.verified:
+        return "plain"
+    if position < event.accepted:
+        return "drafted"
+    return "corrected" if event.accepted < event.verified else "bonus"

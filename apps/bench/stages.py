@@ -1,0 +1,216 @@
+"""Where the time of a cycle goes: a pass of its own, which waits for the device after every stage.
+
+The parts of a built pipeline are wrapped; the engine's loop is as it is. Waiting takes away the
+overlap of host and device that the timed runs have, so that the stages' sum is more than a cycle
+of those takes. What a cycle spends outside the stages is the host's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import attrs
+import mlx.core as mx
+
+from draftloom.contracts import (
+    AcceptancePolicy,
+    Draft,
+    Drafter,
+    DraftRequest,
+    DraftSession,
+    Resolvable,
+    Speculation,
+    TargetAdapter,
+    TargetOutput,
+    Verifier,
+)
+from draftloom.pipeline import Pipeline
+from draftloom.sampling import SamplingParams, SamplingState
+
+from .measure import EncodedPrompt
+
+__all__ = ["STAGES", "StageTimes", "time_stages"]
+
+STAGES = ("draft", "verify", "accept", "rollback", "host")
+
+
+@attrs.frozen
+class StageTimes:
+    """Sums over the cycles of an instrumented pass.
+
+    Attributes:
+        variant: its name.
+        length: tokens asked for a prompt.
+        cycles: cycles after the prompts' own tokens.
+        accepted: draft tokens accepted in them.
+        seconds: by stage, the device waited for after each.
+    """
+
+    variant: str
+    length: int
+    cycles: int
+    accepted: int
+    seconds: dict[str, float]
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    def timed(self, stage: str, call: Callable[[], Any], arrays: Callable[[Any], Any]) -> Any:
+        """Call, wait for the arrays of the result, and count the time."""
+        begin = time.perf_counter()
+        result = call()
+        mx.eval(arrays(result))
+        self.seconds[stage] += time.perf_counter() - begin
+        return result
+
+
+def _given(*arrays: Any) -> list[Any]:
+    return [array for array in arrays if array is not None]
+
+
+def _states(cache: Sequence[Any]) -> list[Any]:
+    found = []
+    for entry in cache:
+        state = entry.state
+        found += _given(*(state if isinstance(state, list | tuple) else [state]))
+    return found
+
+
+class _Session:
+    def __init__(self, session: DraftSession, clock: _Clock) -> None:
+        self._session, self._clock = session, clock
+
+    def observe(self, committed: Sequence[Sequence[int]], features: mx.array | None) -> None:
+        self._clock.timed(
+            "draft", lambda: self._session.observe(committed, features), lambda none: []
+        )
+
+    def propose(self, anchor: mx.array, width: int, sampling: SamplingState) -> Draft:
+        return self._clock.timed(
+            "draft",
+            lambda: self._session.propose(anchor, width, sampling),
+            lambda draft: _given(draft.tokens, draft.probs, draft.candidates, draft.healthy),
+        )
+
+
+class _Drafter:
+    def __init__(self, drafter: Drafter, clock: _Clock) -> None:
+        self._drafter, self._clock = drafter, clock
+        self.info = drafter.info
+
+    def open(self, request: DraftRequest) -> _Session:
+        return _Session(self._drafter.open(request), self._clock)
+
+
+class _Verifier:
+    def __init__(self, verifier: Verifier, clock: _Clock) -> None:
+        self._verifier, self._clock = verifier, clock
+        self.info = verifier.info
+
+    def verify(
+        self, target: TargetAdapter, block: mx.array, speculation: Speculation
+    ) -> TargetOutput:
+        return self._clock.timed(
+            "verify",
+            lambda: self._verifier.verify(target, block, speculation),
+            lambda output: [*_given(output.logits, output.features), *_states(speculation.cache)],
+        )
+
+
+class _Acceptance:
+    def __init__(self, policy: AcceptancePolicy, clock: _Clock) -> None:
+        self._policy, self._clock = policy, clock
+        self.info = policy.info
+
+    def resolve(self, params: SamplingParams) -> _Acceptance:
+        if isinstance(self._policy, Resolvable):
+            return _Acceptance(self._policy.resolve(params), self._clock)
+        return self
+
+    def accept(
+        self, draft: Draft, logits: mx.array, sampling: SamplingState
+    ) -> tuple[mx.array, mx.array]:
+        return self._clock.timed(
+            "accept", lambda: self._policy.accept(draft, logits, sampling), list
+        )
+
+
+class _Speculation:
+    def __init__(self, inner: Speculation, base: list[Any], clock: _Clock) -> None:
+        self._inner, self._base, self._clock = inner, base, clock
+        self.cache = inner.cache
+
+    def commit(self, num_accepted: Sequence[int]) -> None:
+        self._clock.timed(
+            "rollback", lambda: self._inner.commit(num_accepted), lambda none: _states(self._base)
+        )
+
+    def abort(self) -> None:
+        self._clock.timed("rollback", self._inner.abort, lambda none: _states(self._base))
+
+
+def _instrumented(pipeline: Pipeline, clock: _Clock) -> Pipeline:
+    """The same pipeline over parts that count their time."""
+    parts = pipeline._parts  # an application of this project; users have no need of it
+
+    def open_speculation(cache: list[Any], block: mx.array) -> _Speculation:
+        inner = clock.timed(
+            "rollback", lambda: parts.open_speculation(cache, block), lambda spec: []
+        )
+        return _Speculation(inner, cache, clock)
+
+    wrapped = attrs.evolve(
+        parts,
+        drafter=_Drafter(parts.drafter, clock),
+        verifier=_Verifier(parts.verifier, clock),
+        acceptance=_Acceptance(parts.acceptance, clock),
+        open_speculation=open_speculation,
+    )
+    return Pipeline(pipeline.spec, wrapped, pipeline.tokenizer, pipeline.sampling, pipeline.names)
+
+
+def time_stages(
+    variant: str,
+    pipeline: Pipeline,
+    prompts: Sequence[EncodedPrompt],
+    length: int,
+    stop_at_eos: bool = False,
+) -> StageTimes:
+    """Run the prompts once more, waiting after every stage. The pipeline stays usable.
+
+    Args:
+        variant: its name.
+        pipeline: built.
+        prompts: at least one.
+        length: tokens a prompt at most.
+        stop_at_eos: as in the timed runs.
+    """
+    clock = _Clock()
+    wrapped = _instrumented(pipeline, clock)
+    total: dict[str, float] = dict.fromkeys(STAGES, 0.0)
+    cycles = accepted = 0
+    for prompt in prompts:
+        limit = pipeline.target.context_limit
+        room = length if limit is None else min(length, limit - len(prompt.ids))
+        stream = wrapped.stream(
+            prompt.ids, max_tokens=room, ignore_eos=not stop_at_eos, temperature=0.0
+        )
+        begin = time.perf_counter()
+        for chunk in stream:
+            if chunk.cycle.index == 0:  # the prompt's part ends here
+                clock.seconds.clear()
+                begin = time.perf_counter()
+        wall = time.perf_counter() - begin
+        total["host"] += max(wall - sum(clock.seconds.values()), 0.0)
+        count = stream.stats.cycles
+        if count > 1:  # the first cycle's draft came before the clock: the others stand for it
+            clock.seconds["draft"] *= count / (count - 1)
+        for stage, seconds in clock.seconds.items():
+            total[stage] += seconds
+        cycles, accepted = cycles + stream.stats.cycles, accepted + stream.stats.accepted
+    return StageTimes(variant, length, cycles, accepted, total)

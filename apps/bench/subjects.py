@@ -1,0 +1,122 @@
+"""What a benchmark runs: one loaded target, and the ways of decoding it that are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from draftloom.builder import PipelineBuilder
+from draftloom.errors import UsageError
+from draftloom.resolver import Blueprint
+from draftloom.spec import ComponentSpec, PipelineSpec
+
+if TYPE_CHECKING:
+    from .simulate import Simulation
+
+__all__ = ["ALONE", "PLAIN", "Subject", "Variant", "load_subject", "make_variants"]
+
+ALONE = "mlx-lm"
+PLAIN = "width 0"
+
+
+@attrs.frozen(eq=False)
+class Variant:
+    """One way of decoding.
+
+    Attributes:
+        name: in tables and plots.
+        builder: of its pipeline, over the loaded target; None is plain mlx-lm.
+        parts: names of its components; empty for plain mlx-lm.
+    """
+
+    name: str
+    builder: PipelineBuilder | None
+    parts: dict[str, str]
+
+
+@attrs.frozen(eq=False)
+class Subject:
+    """A target and its variants. They share the weights; one of them is open at a time.
+
+    Attributes:
+        name: of the target.
+        model: as mlx-lm loaded it.
+        tokenizer: mlx-lm's TokenizerWrapper; None where weights are random.
+        variants: the target alone, draftloom without drafts, then the pipelines.
+        context_limit: most positions; None is unknown.
+        vocab_size: V.
+        simulation: where acceptance is simulated and weights are random; else None.
+        folder: a temporary folder that the variants need, kept as long as this is.
+    """
+
+    name: str
+    model: Any
+    tokenizer: Any
+    variants: tuple[Variant, ...]
+    context_limit: int | None
+    vocab_size: int
+    simulation: Simulation | None = None
+    folder: Any = None
+
+
+def load_subject(named: Sequence[tuple[str, PipelineBuilder]]) -> Subject:
+    """Check all pipelines, then load their target once.
+
+    Args:
+        named: pipelines and what to call them; at least one.
+
+    Raises:
+        UsageError: they have different targets or types, or two have one name.
+        ModelError, GraphError: one of them cannot be built.
+    """
+    plans = [(name, builder.check()) for name, builder in named]
+    first = plans[0][1]
+    for name, plan in plans:
+        if (plan.target.name, plan.spec.dtype) != (first.target.name, first.spec.dtype):
+            raise UsageError(
+                f"pipeline {name!r} has target {plan.target.name} ({plan.spec.dtype}), "
+                f"{plans[0][0]!r} has {first.target.name} ({first.spec.dtype})",
+                "bench compares pipelines of one target",
+            )
+    plugins = named[0][1].plugins
+    loaded = plugins.load_model(first.model, first.spec.dtype)
+    return Subject(
+        name=first.target.name,
+        model=loaded.model,
+        tokenizer=loaded.tokenizer,
+        variants=make_variants(plans, named[0][1], loaded.model, loaded.tokenizer),
+        context_limit=first.target.context_limit,
+        vocab_size=first.target.vocab_size,
+    )
+
+
+def make_variants(
+    plans: Sequence[tuple[str, Blueprint]], builder: PipelineBuilder, model: Any, tokenizer: Any
+) -> tuple[Variant, ...]:
+    """The target alone, draftloom without drafts, and each plan, over one loaded model.
+
+    Raises:
+        UsageError: two variants of one name.
+    """
+
+    def over_loaded(spec: PipelineSpec) -> PipelineBuilder:
+        return PipelineBuilder(plugins=builder.plugins, spec=spec).model(model, tokenizer)
+
+    first = plans[0][1]
+    plain = attrs.evolve(
+        first.spec,
+        drafter=ComponentSpec("none"),
+        width=ComponentSpec.make("fixed", {"tokens": 0}),
+        acceptance=ComponentSpec("greedy"),
+        inserts=(),
+    )
+    plain_parts = {**first.names, "drafter": "none", "acceptance": "greedy", "width": "fixed 0"}
+    variants = [Variant(ALONE, None, {}), Variant(PLAIN, over_loaded(plain), plain_parts)]
+    variants += [Variant(name, over_loaded(plan.spec), plan.names) for name, plan in plans]
+    names = [variant.name for variant in variants]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"two variants are called {name!r}", "is one given twice?")
+    return tuple(variants)
