@@ -24,6 +24,7 @@ from .output import say_error
 from .pipeline import pipeline_app
 from .plugins import plugins
 from .state import CliState
+from .train import train_app
 
 __all__ = ["build_app", "main", "run"]
 
@@ -48,6 +49,7 @@ def build_app(state: CliState) -> typer.Typer:
     app.command()(chat)
     app.command()(audit)
     app.add_typer(pipeline_app, name="pipeline")
+    app.add_typer(train_app, name="train")
     app.command()(plugins)
     app.command()(doctor)
     if state.may_have_commands:

@@ -1,0 +1,299 @@
+"""Training text: read, tokenize, de-duplicate, split by document, pack.
+
+Three kinds of file. JSON lines (.jsonl), every line one of
+
+- ``{"messages": [...]}``: a chat; its assistant turns are trained on;
+- ``{"prompt": "...", "response": "..."}``: the response is trained on;
+- ``{"text": "..."}``: all of it is trained on;
+- ``{"tokens": [...], "prompt_tokens": n}``: token ids; what follows the first n is trained on.
+
+Any other file is plain text, all of it trained on; of a folder, every UTF-8 file in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from draftloom.errors import UsageError
+
+__all__ = ["Corpus", "Document", "Packed", "pack", "read_corpus"]
+
+LARGEST_SOURCE = 4 * 2**20
+"""Bytes of a file of a folder; longer ones are data, not text."""
+
+
+@attrs.frozen
+class Document:
+    """A text to train on.
+
+    Attributes:
+        tokens: ids.
+        trained: whether each token is one that the drafter learns to predict.
+        prompt: tokens before the (last) response; 0 where all of it is text.
+        source: file, and line where it has lines.
+    """
+
+    tokens: tuple[int, ...] = attrs.field(repr=False)
+    trained: tuple[bool, ...] = attrs.field(repr=False)
+    prompt: int
+    source: str
+
+    @property
+    def digest(self) -> str:
+        """sha256 of tokens and mask: equal documents are one."""
+        body = ",".join(map(str, self.tokens)) + "|" + "".join("01"[t] for t in self.trained)
+        return hashlib.sha256(body.encode()).hexdigest()
+
+
+@attrs.frozen
+class Packed:
+    """A sequence as it is run.
+
+    Attributes:
+        tokens: at most the context.
+        trained: as of `Document`.
+        segments: number of the document that each token is of, within the sequence.
+    """
+
+    tokens: tuple[int, ...] = attrs.field(repr=False)
+    trained: tuple[bool, ...] = attrs.field(repr=False)
+    segments: tuple[int, ...] = attrs.field(repr=False)
+
+    def anchors(self) -> list[int]:
+        """Positions where a block can begin: trained on, with a token before it, and followed by
+        one that is trained on and of the same document."""
+        trained, segments = self.trained, self.segments
+        return [
+            p
+            for p in range(1, len(self.tokens) - 1)
+            if trained[p] and trained[p + 1] and segments[p] == segments[p + 1]
+        ]
+
+
+@attrs.frozen
+class Corpus:
+    """What a run trains on and is measured on.
+
+    Attributes:
+        train, held_out: documents; none is in both.
+        duplicates: documents left out because an equal one was there.
+        fingerprint: sha256 over all digests in order.
+    """
+
+    train: tuple[Document, ...] = attrs.field(repr=False)
+    held_out: tuple[Document, ...] = attrs.field(repr=False)
+    duplicates: int
+    fingerprint: str
+
+
+def read_corpus(
+    files: Sequence[Path], tokenizer: Any, vocab_size: int, *, held_out: float, seed: int
+) -> Corpus:
+    """Read, check, de-duplicate and split.
+
+    Args:
+        files: files and folders.
+        tokenizer: mlx-lm's TokenizerWrapper; None allows ``tokens`` lines only.
+        vocab_size: V of the target.
+        held_out: share of the documents to keep apart, at least one unless 0.
+        seed: of the split.
+
+    Raises:
+        UsageError: a file or line that cannot be used (names it), an id outside the vocabulary,
+            no document, or too few to keep one apart.
+    """
+    reader = _Reader(tokenizer)
+    unique: dict[str, Document] = {}
+    count = 0
+    for document in (d for file in files for d in reader.file(Path(file))):
+        outside = [t for t in document.tokens if not 0 <= t < vocab_size]
+        if outside:
+            raise UsageError(
+                f"{document.source}: token id {outside[0]} is outside the target's vocabulary of "
+                f"{vocab_size}",
+                "was it tokenized for another model?",
+            )
+        count += 1
+        unique.setdefault(document.digest, document)
+    if not unique:
+        names = ", ".join(map(str, files)) or "nothing"
+        raise UsageError(f"no document to train on in {names}", "give files with text")
+    order = sorted(unique, key=lambda d: hashlib.sha256(f"{seed}/{d}".encode()).digest())
+    kept = max(1, round(held_out * len(order))) if held_out else 0
+    if kept >= len(order):
+        raise UsageError(
+            f"{len(order)} document cannot be split into training and held-out",
+            "give more documents, or a held-out share of 0",
+        )
+    chosen = set(order[:kept])
+    return Corpus(
+        train=tuple(d for key, d in unique.items() if key not in chosen),
+        held_out=tuple(unique[key] for key in order[:kept]),
+        duplicates=count - len(unique),
+        fingerprint=hashlib.sha256("".join(unique).encode()).hexdigest(),
+    )
+
+
+class _Reader:
+    """Turns files into documents."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def file(self, path: Path) -> Iterator[Document]:
+        """The documents of a file, or of every text file of a folder."""
+        if path.is_dir():
+            for inner in sorted(p for p in path.rglob("*") if p.is_file()):
+                hidden = any(part.startswith(".") for part in inner.relative_to(path).parts)
+                if hidden or inner.stat().st_size > LARGEST_SOURCE:
+                    continue
+                try:
+                    text = inner.read_text(encoding="utf-8")
+                except UnicodeDecodeError:  # a picture, an archive: a folder may hold others
+                    continue
+                yield from self._any(inner, text)
+            return
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UsageError(
+                f"data file {path} cannot be read: {reason}", "give UTF-8 text or JSON lines"
+            ) from error
+        yield from self._any(path, text)
+
+    def _any(self, path: Path, text: str) -> Iterator[Document]:
+        if path.suffix == ".jsonl":
+            for number, line in enumerate(text.splitlines(), 1):
+                if line.strip():
+                    yield self._line(line, f"{path}, line {number}")
+        elif text.strip():
+            yield self._text(text, str(path))
+
+    def _line(self, line: str, source: str) -> Document:
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise UsageError(f"{source}: no JSON: {error}", "one object a line") from error
+        kinds: dict[str, Callable[[Any, str], Document]] = {
+            "messages": self._chat,
+            "tokens": self._tokens,
+            "prompt": self._prompt,
+            "text": lambda r, s: self._text(r["text"], s),
+        }
+        for key, make in kinds.items():
+            if isinstance(record, dict) and key in record:
+                try:
+                    return make(record, source)
+                except (TypeError, KeyError, AttributeError, ValueError) as error:
+                    if isinstance(error, UsageError):
+                        raise
+                    raise UsageError(
+                        f"{source}: {key!r} cannot be used: {type(error).__name__}: {error}",
+                        "draftloom train drafter --help names the forms",
+                    ) from error
+        raise UsageError(
+            f"{source}: no object with one of {', '.join(kinds)}", "write one of these on a line"
+        )
+
+    def _encode(self, text: Any, source: str, special: bool = True) -> list[int]:
+        if self._tokenizer is None:
+            raise UsageError(f"{source}: the target has no tokenizer", 'give {"tokens": [...]}')
+        if not isinstance(text, str):
+            raise UsageError(f"{source}: a text is needed, not {text!r:.40}")
+        return list(self._tokenizer.encode(text, add_special_tokens=special))
+
+    def _text(self, text: Any, source: str) -> Document:
+        ids = self._encode(text, source)
+        return Document(tuple(ids), (True,) * len(ids), 0, source)
+
+    def _tokens(self, record: Any, source: str) -> Document:
+        ids, prompt = tuple(record["tokens"]), record.get("prompt_tokens", 0)
+        if not all(isinstance(t, int) and not isinstance(t, bool) for t in ids):
+            raise UsageError(f"{source}: tokens are whole numbers")
+        if not isinstance(prompt, int) or not 0 <= prompt <= len(ids):
+            raise UsageError(f"{source}: prompt_tokens is no number from 0 to {len(ids)}")
+        return _response(ids[:prompt], ids[prompt:], source)
+
+    def _eos(self) -> list[int]:
+        eos = getattr(self._tokenizer, "eos_token_id", None)
+        return [] if eos is None else [int(eos)]
+
+    def _prompt(self, record: Any, source: str) -> Document:
+        response = record.get("response", record.get("completion"))
+        if response is None:
+            raise UsageError(
+                f'{source}: a prompt without a "response"', "let the target write the responses"
+            )
+        prompt = self._encode(record["prompt"], source)
+        answer = self._encode(response, source, special=False)
+        return _response(prompt, [*answer, *self._eos()], source)
+
+    def _chat(self, record: Any, source: str) -> Document:
+        """The chat up to its last assistant turn, through the template."""
+        tokenizer, messages = self._tokenizer, list(record["messages"])
+        if tokenizer is None or not tokenizer.has_chat_template:
+            raise UsageError(f"{source}: the target has no chat template", "give prompt and text")
+        turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        if not turns or turns[0] == 0:
+            raise UsageError(f"{source}: no assistant message that answers another")
+        last = turns[-1]
+        full = list(tokenizer.apply_chat_template(messages[: last + 1]))
+        trained = [False] * len(full)
+        for turn in turns:
+            before = list(
+                tokenizer.apply_chat_template(messages[:turn], add_generation_prompt=True)
+            )
+            after = list(tokenizer.apply_chat_template(messages[: turn + 1]))
+            # Templates may write an old turn in another way than one that is being answered;
+            # such a turn is context only.
+            if full[: len(after)] == after and after[: len(before)] == before:
+                trained[len(before) : len(after)] = [True] * (len(after) - len(before))
+            elif turn == last:
+                answer = self._encode(messages[last]["content"], source, special=False)
+                return _response(before, [*answer, *self._eos()], source)
+        prompt = tokenizer.apply_chat_template(messages[:last], add_generation_prompt=True)
+        return Document(tuple(full), tuple(trained), len(prompt), source)
+
+
+def _response(prompt: Sequence[int], answer: Sequence[int], source: str) -> Document:
+    trained = (False,) * len(prompt) + (True,) * len(answer)
+    return Document((*prompt, *answer), trained, len(prompt), source)
+
+
+def pack(documents: Sequence[Document], context: int, separator: int | None) -> tuple[Packed, ...]:
+    """Sequences of at most `context` tokens.
+
+    Texts follow one another, with the separator between them, and are cut where a sequence is
+    full. A document with a prompt is a sequence of its own, cut at its end: its response must be
+    drafted from its own prompt alone.
+
+    Raises:
+        UsageError: no sequence has two trained tokens in a row after another token.
+    """
+    packed = [
+        Packed(d.tokens[:context], d.trained[:context], (0,) * min(context, len(d.tokens)))
+        for d in documents
+        if d.prompt
+    ]
+    stream: list[tuple[int, bool, int]] = []
+    end = [] if separator is None else [separator]
+    for number, document in enumerate(d for d in documents if not d.prompt):
+        stream += [(t, m, number) for t, m in zip(document.tokens, document.trained, strict=True)]
+        stream += [(t, True, number) for t in end]
+    for begin in range(0, len(stream), context):
+        tokens, trained, numbers = zip(*stream[begin : begin + context], strict=True)
+        packed.append(Packed(tokens, trained, numbers))
+    usable = tuple(p for p in packed if p.anchors())
+    if not usable:
+        raise UsageError(
+            f"none of {len(documents)} documents has two tokens to train on within {context}",
+            "are the prompts longer than the context, or the responses empty?",
+        )
+    return usable

@@ -1,0 +1,320 @@
+"""The training run: from files to a checkpoint that `draftloom generate --drafter` takes."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import attrs
+import mlx.core as mx
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from draftloom.drafters.dflash.model import DFlashModel
+from draftloom.errors import DraftloomError, ModelError
+from draftloom.plugins import PluginManager
+
+from .batches import Batches, Features
+from .card import model_card
+from .checkpoint import RunFolder, TrainState
+from .data import pack, read_corpus
+from .design import DrafterDesign, design_drafter, load_init, read_config
+from .evaluate import measure
+from .features import FeatureCache, FeatureError, OnlineFeatures
+from .settings import TrainSettings
+from .step import DrafterLoss
+from .target import FrozenTarget
+
+__all__ = ["TrainRequest", "Trainer"]
+
+
+@attrs.frozen(kw_only=True)
+class TrainRequest:
+    """What is to be trained, on what, and where it goes.
+
+    Attributes:
+        target: folder, hub repository or bundled name; empty is the bundled one.
+        data: files and folders.
+        out: folder of the checkpoint.
+        settings: of the training.
+        design: of a new drafter.
+        init: checkpoint to start from instead.
+        cache: folder for features; None computes them as they are needed.
+        cache_bytes: budget of the cache; None is what the disk has.
+        dtype: compute type of the target.
+        resume: go on with the run in `out`.
+    """
+
+    target: str
+    data: tuple[Path, ...]
+    out: Path
+    settings: TrainSettings
+    design: DrafterDesign = attrs.Factory(DrafterDesign)
+    init: Path | None = None
+    cache: Path | None = None
+    cache_bytes: int | None = None
+    dtype: str = "auto"
+    resume: bool = False
+
+
+class Trainer:
+    """One run. Made, everything is checked and loaded; `run` trains.
+
+    Args:
+        request: what is asked for.
+        plugins: for the target and for measuring.
+        on_record: told every record of the log, as it is written.
+
+    Raises:
+        UsageError: settings, data or folders that cannot be used.
+        ModelError: a target or checkpoint that cannot be loaded.
+        FeatureError: the feature cache does not fit, or holds something else.
+    """
+
+    def __init__(
+        self,
+        request: TrainRequest,
+        plugins: PluginManager,
+        on_record: Callable[[dict[str, Any]], None] = lambda record: None,
+    ) -> None:
+        self.request, self.settings, self._plugins = request, request.settings, plugins
+        self._on_record = on_record
+        self.settings.check(request.design.block_size or 2)
+        self.target = FrozenTarget(request.target, plugins, request.dtype)
+        try:
+            self._prepare()
+        except BaseException:
+            self.target.close()
+            raise
+
+    def _prepare(self) -> None:
+        request, target, settings = self.request, self.target, self.settings
+        if request.init is not None:
+            self.drafter = load_init(request.init, target.info)
+        else:
+            self.drafter = design_drafter(
+                target.source, target.info, target.tokenizer, request.design
+            )
+        self.config = read_config(self.drafter, "the drafter")
+        settings.check(self.config.block_size)
+        self.corpus = read_corpus(
+            request.data,
+            target.tokenizer,
+            target.info.vocab_size,
+            held_out=settings.held_out,
+            seed=settings.seed,
+        )
+        separator = getattr(target.tokenizer, "eos_token_id", None)
+        self.sequences = pack(self.corpus.train, settings.context, separator)
+        fingerprint = target.fingerprint()
+        shaping = {
+            **settings.shaping(),
+            "target": fingerprint,
+            "data": self.corpus.fingerprint,
+            "drafter": self.drafter,
+            "cached": request.cache is not None,
+        }
+        self.folder = RunFolder(request.out, shaping)
+        target.tap(self.config.tap_layers)
+        self.model = DFlashModel(self.config)
+        self._loss = DrafterLoss(self.model, self.config, target, settings)
+        # Before the folder is made: a cache that does not fit must leave nothing behind.
+        features = self._features(fingerprint)
+        self._batches = Batches(
+            self.sequences, features, settings, slots=self.config.block_size - 1
+        )
+        self.optimizer = optim.AdamW(
+            settings.learning_rate,
+            betas=list(settings.betas),
+            weight_decay=settings.weight_decay,
+            bias_correction=True,
+        )
+        self.state = self.folder.begin(request.resume) or self._fresh()
+        self.optimizer.state = self.state.optimizer
+        self.optimizer.init(self.state.parameters)
+
+    def _features(self, fingerprint: str) -> Features:
+        with_logits = self.settings.loss == "kl"
+        online = OnlineFeatures(self.target, self.sequences, with_logits=with_logits)
+        if self.request.cache is None:
+            return online
+        if with_logits:
+            raise FeatureError(
+                "the KL loss needs the target's logits, which a feature cache does not hold",
+                "leave the cache out, or use cross-entropy",
+            )
+        sample = self.target.embed(mx.array([[0]]))
+        data = hashlib.sha256(repr([s.tokens for s in self.sequences]).encode()).hexdigest()
+        key = {
+            "target": fingerprint,
+            "taps": list(self.config.tap_layers),
+            "data": data,
+            "dtype": str(sample.dtype).removeprefix("mlx.core."),
+            "width": len(self.config.tap_layers) * self.target.info.hidden_size,
+            "itemsize": sample.dtype.size,
+        }
+        cache = FeatureCache(self.request.cache, key, [len(s.tokens) for s in self.sequences])
+        cache.build(online, self.request.cache_bytes)
+        return cache
+
+    def _fresh(self) -> TrainState:
+        if self.request.init is None:
+            parameters = initial_parameters(self.model, self.settings.seed)
+        else:
+            parameters = _read_weights(self.model, self.request.init)
+        return TrainState(step=0, parameters=parameters, optimizer=self.optimizer.state)
+
+    def run(self, stopped: Callable[[], bool] = lambda: False) -> bool:
+        """Train to the end, or until `stopped` says so after a step; what there is, is saved.
+
+        Returns:
+            Whether the end was reached.
+
+        Raises:
+            DraftloomError: a loss that is not finite, or a disk that refuses. The last saved step
+                is whole.
+        """
+        settings, state = self.settings, self.state
+        if state.step == 0 and not state.measured:
+            self._save()
+            self._measure()
+        while state.step < settings.steps:
+            self._step()
+            last = state.step == settings.steps
+            halted = not last and stopped()
+            if last or _due(state.step, settings.eval_every):
+                self._save(measure_too=True)
+            elif halted or _due(state.step, settings.save_every):
+                self._save()
+            if halted:
+                return False
+        return True
+
+    def _step(self) -> None:
+        settings, state, begin = self.settings, self.state, time.perf_counter()
+        total: Any = None
+        losses, shares, tokens = [], [], 0
+        for part in range(settings.accumulate):
+            batch, count = self._batches.batch(state.step * settings.accumulate + part)
+            (loss, share), gradient = self._loss.gradients(state.parameters, batch)
+            total = gradient if total is None else tree_map(mx.add, total, gradient)
+            mx.eval(loss, share, total)
+            losses.append(loss.item())
+            shares.append(share)
+            tokens += count
+        scaled = tree_map(lambda g: g / settings.accumulate, total)
+        clipped, norm = optim.clip_grad_norm(scaled, settings.clip)
+        value = math.fsum(losses) / len(losses)  # type: ignore[arg-type]
+        if not (math.isfinite(value) and math.isfinite(norm.item())):
+            raise DraftloomError(
+                f"loss {value} and gradient norm {norm.item()} at step {state.step + 1} are not "
+                "finite",
+                f"try a lower learning rate; {self.request.out} holds the last saved step",
+            )
+        rate = settings.rate(state.step)
+        self.optimizer.learning_rate = mx.array(rate, dtype=mx.float32)
+        state.parameters = self.optimizer.apply_gradients(clipped, state.parameters)
+        mx.eval(state.parameters, self.optimizer.state)
+        seconds = time.perf_counter() - begin
+        state.step, state.tokens = state.step + 1, state.tokens + tokens
+        state.seconds += seconds
+        if state.step == settings.steps or _due(state.step, settings.log_every):
+            self._record(
+                {
+                    "kind": "step",
+                    "step": state.step,
+                    "loss": value,
+                    "gradient_norm": norm.item(),
+                    "learning_rate": rate,
+                    "right_by_position": (sum(shares) / len(shares)).tolist(),  # type: ignore[union-attr]
+                    "tokens_per_second": tokens / seconds,
+                    "seconds": state.seconds,
+                    "seconds_left": (settings.steps - state.step) * state.seconds / state.step,
+                }
+            )
+
+    def _record(self, record: dict[str, Any]) -> None:
+        self.folder.log(record)
+        self._on_record(record)
+
+    def _save(self, measure_too: bool = False) -> None:
+        self.state.optimizer = self.optimizer.state
+        self.folder.save(self.state, self.drafter, self._card())
+        if measure_too:
+            self._measure()
+
+    def _measure(self) -> None:
+        """Tau of what was just saved; then saved again, so that the card tells."""
+        settings, state = self.settings, self.state
+        documents = self.corpus.held_out[: settings.eval_prompts]
+        if not documents:
+            return
+        limit = settings.context - 1
+        if self.target.info.context_limit:
+            limit = max(1, min(limit, self.target.info.context_limit - settings.eval_tokens))
+        measured = measure(
+            self.target,
+            self._plugins,
+            self.request.out,
+            documents,
+            max_tokens=settings.eval_tokens,
+            context=limit,
+        )
+        record = {"kind": "held-out", "step": state.step, **measured.as_dict()}
+        state.measured.append(record)
+        self._record(record)
+        self._save()
+
+    def _card(self) -> str:
+        name = self.request.target or self.target.info.name
+        return model_card(name, self.drafter, self.settings, self.corpus, self.state)
+
+    def close(self) -> None:
+        """Put the target back as mlx-lm loaded it."""
+        self.target.close()
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def initial_parameters(model: DFlashModel, seed: int) -> Any:
+    """Weights of a new drafter, float32: norms are 1, matrices normal with deviation
+    1 / sqrt(3 inputs). From a key of their own: no global random state is read."""
+    flat: Any = tree_flatten(model.parameters())
+    keys = mx.random.split(mx.random.key(seed), len(flat))
+    weights = []
+    for (name, value), key in zip(flat, keys, strict=True):
+        if value.ndim == 1:
+            fresh = mx.ones(value.shape, dtype=mx.float32)
+        else:
+            fresh = mx.random.normal(value.shape, key=key) / math.sqrt(3 * value.shape[-1])
+        weights.append((name, fresh))
+    mx.eval([w for _, w in weights])
+    return tree_unflatten(weights)
+
+
+def _read_weights(model: DFlashModel, checkpoint: Path) -> Any:
+    """float32 weights of a drafter's checkpoint.
+
+    Raises:
+        ModelError: files missing or corrupt, or tensors that do not fit the config.
+    """
+    weights: dict[str, mx.array] = {}
+    try:
+        for file in sorted(checkpoint.glob("model*.safetensors")):
+            arrays = mx.load(str(file))
+            assert isinstance(arrays, dict)
+            weights.update(arrays)
+        model.load_weights([(name, w.astype(mx.float32)) for name, w in weights.items()])
+        mx.eval(model.parameters())
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(
+            f"the weights in {checkpoint} cannot be loaded: {' '.join(str(error).split())[:300]}",
+            "start from a whole checkpoint that is not quantized",
+        ) from error
+    return model.parameters()

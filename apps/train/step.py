@@ -1,0 +1,193 @@
+"""One training step: the forward of all blocks of a batch over the drafter's own parameters, and
+its loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+import mlx.core as mx
+from mlx.utils import tree_map
+
+from draftloom.contracts import TargetAdapter
+from draftloom.drafters.dflash.config import DFlashConfig
+from draftloom.drafters.dflash.model import DFlashModel
+
+from .mask import block_mask
+from .settings import TrainSettings, default_gamma
+
+__all__ = ["BlockBatch", "DrafterLoss", "block_hidden", "block_logits", "slot_weights"]
+
+
+@attrs.frozen(eq=False)
+class BlockBatch:
+    """Blocks of R sequences, N of each.
+
+    Attributes:
+        features: [R, S, F] of the target; rows past a sequence's end are seen by nobody.
+        anchors: [R, N] int32 positions.
+        anchor_tokens: [R, N] int32, the tokens there.
+        labels: [R, N, K] int32, the K tokens after each anchor.
+        valid: [R, N, K] float32, 1 where a label counts, 0 where not.
+        teacher: [R, N, K, V], logits of the target for the labels; None without the KL loss.
+    """
+
+    features: mx.array
+    anchors: mx.array
+    anchor_tokens: mx.array
+    labels: mx.array
+    valid: mx.array
+    teacher: mx.array | None = None
+
+
+def _attend(
+    attention: Any, x: mx.array, context: mx.array, anchors: mx.array, mask: mx.array
+) -> mx.array:
+    """Attention of block rows [R, N*T, D] over context rows [R, S, D] and their blocks."""
+    rows, blocks = anchors.shape
+    tokens, hidden = x.shape[1] // blocks, x.shape[2]
+    heads, size = attention.heads, attention.head_dim
+    # Every block is a row of its own for the rotary embedding: positions begin at its anchor.
+    single, positions = x.reshape(rows * blocks, tokens, hidden), anchors.reshape(-1)
+
+    def joined(y: mx.array) -> mx.array:
+        """[R*N, H, T, size] -> [R, H, N*T, size]."""
+        y = y.reshape(rows, blocks, -1, tokens, size).transpose(0, 2, 1, 3, 4)
+        return y.reshape(rows, -1, blocks * tokens, size)
+
+    queries = attention.q_norm(
+        attention.q_proj(single).reshape(rows * blocks, tokens, heads, size)
+    ).transpose(0, 2, 1, 3)
+    queries = attention.rope(queries, offset=positions)
+    own_keys, own_values = attention.keys_values(single, positions)
+    keys, values = attention.keys_values(context, 0)
+    output = mx.fast.scaled_dot_product_attention(
+        joined(queries),
+        mx.concatenate([keys, joined(own_keys)], axis=2),
+        mx.concatenate([values, joined(own_values)], axis=2),
+        scale=attention.scale,
+        mask=mask,
+    )
+    return attention.o_proj(output.transpose(0, 2, 1, 3).reshape(rows, blocks * tokens, -1))
+
+
+def block_hidden(
+    model: DFlashModel, features: mx.array, embeddings: mx.array, anchors: mx.array
+) -> mx.array:
+    """Normed hidden states of all blocks in one pass.
+
+    Args:
+        model: the drafter's network, as inference uses it.
+        features: [R, S, F].
+        embeddings: [R, N, T, D] of [anchor, MASK x (T-1)].
+        anchors: [R, N] int32.
+
+    Returns:
+        [R, N, T, D].
+    """
+    rows, blocks, tokens, hidden = embeddings.shape
+    context = model.hidden_norm(model.fc(features))
+    h = embeddings.reshape(rows, blocks * tokens, hidden)
+    masks: dict[tuple[bool, int | None], mx.array] = {}
+    layer: Any
+    for layer in model.layers:
+        attention = layer.self_attn
+        kind = (attention.causal, attention.window)
+        if kind not in masks:
+            masks[kind] = block_mask(
+                anchors, features.shape[1], tokens, causal=kind[0], window=kind[1]
+            )
+        h = h + _attend(attention, layer.input_layernorm(h), context, anchors, masks[kind])
+        h = h + layer.mlp(layer.post_attention_layernorm(h))
+    return model.norm(h).reshape(rows, blocks, tokens, hidden)
+
+
+def block_logits(
+    model: DFlashModel, config: DFlashConfig, target: TargetAdapter, batch: BlockBatch
+) -> mx.array:
+    """Logits [R, N, K, V] float32 of the draft slots, soft cap included."""
+    rows, blocks, slots = batch.labels.shape
+    masks = mx.full((rows, blocks, slots), config.mask_token_id, dtype=mx.int32)
+    tokens = mx.concatenate([batch.anchor_tokens[..., None], masks], axis=-1)
+    embeddings = target.embed(tokens.reshape(rows, -1)) * config.embedding_scale
+    dtype = model.norm.weight.dtype
+    embeddings = embeddings.reshape(rows, blocks, slots + 1, -1).astype(dtype)
+    features = mx.stop_gradient(batch.features).astype(dtype)
+    hidden = block_hidden(model, features, embeddings, batch.anchors)
+    logits = target.head(hidden[:, :, 1:] * config.output_multiplier).astype(mx.float32)
+    if config.softcap is not None:
+        logits = config.softcap * mx.tanh(logits / config.softcap)
+    return logits
+
+
+def slot_weights(
+    label_probs: mx.array, valid: mx.array, settings: TrainSettings, block_size: int
+) -> mx.array:
+    """Weight of each slot.
+
+    Args:
+        label_probs: [R, N, K], what the drafter gives the labels.
+        valid: [R, N, K].
+        settings: weighting, gamma, alpha.
+        block_size: K + 1.
+
+    Returns:
+        [R, N, K] without gradient: exp(-(k-1)/gamma) for ``decay``; for ``d-pace``
+        w_k = sum_{j>=k} P_j with P_j = prod_{i<=j} (1-a) p_i + a. Zero where not valid.
+
+    Source: arXiv 2602.06036; the public speculators package (D-PACE).
+    """
+    if settings.weighting == "decay":
+        gamma = settings.gamma or default_gamma(block_size)
+        return mx.exp(-mx.arange(block_size - 1) / gamma) * valid
+    kept = mx.stop_gradient((1 - settings.alpha) * label_probs + settings.alpha)
+    reached = mx.cumprod(kept, axis=-1) * valid
+    return mx.cumsum(reached, axis=-1, reverse=True) * valid
+
+
+class DrafterLoss:
+    """The loss of a batch as a function of the drafter's float32 parameters.
+
+    Args:
+        model: the network; its parameters are exchanged by every call.
+        config: of the drafter.
+        target: frozen; gives embedding and head.
+        settings: loss, weighting, compute type.
+    """
+
+    def __init__(
+        self,
+        model: DFlashModel,
+        config: DFlashConfig,
+        target: TargetAdapter,
+        settings: TrainSettings,
+    ) -> None:
+        self._model, self._config, self._target = model, config, target
+        self._settings = settings
+        self._dtype = getattr(mx, settings.compute)
+
+    def __call__(self, parameters: Any, batch: BlockBatch) -> tuple[mx.array, mx.array]:
+        """The weighted mean loss, and [K] shares of slots whose most likely token is the label."""
+        self._model.update(tree_map(lambda p: p.astype(self._dtype), parameters))
+        logits = block_logits(self._model, self._config, self._target, batch)
+        log_probs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        of_label = mx.take_along_axis(log_probs, batch.labels[..., None], axis=-1)[..., 0]
+        if batch.teacher is None:
+            loss = -of_label
+        else:
+            teacher = mx.softmax(batch.teacher.astype(mx.float32), axis=-1)
+            entropy = (teacher * mx.log(mx.maximum(teacher, 1e-30))).sum(axis=-1)
+            loss = entropy - (teacher * log_probs).sum(axis=-1)
+        weights = slot_weights(
+            mx.exp(of_label), batch.valid, self._settings, self._config.block_size
+        )
+        mean = (loss * weights).sum() / mx.maximum(weights.sum(), 1e-6)
+        right = (mx.argmax(logits, axis=-1) == batch.labels) * batch.valid
+        return mean, right.sum(axis=(0, 1)) / mx.maximum(batch.valid.sum(axis=(0, 1)), 1)
+
+    def gradients(
+        self, parameters: Any, batch: BlockBatch
+    ) -> tuple[tuple[mx.array, mx.array], Any]:
+        """The loss, the shares, and the gradient for every parameter of the drafter."""
+        value, gradient = mx.value_and_grad(self)(parameters, batch)
+        return value, gradient
