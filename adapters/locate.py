@@ -2,46 +2,28 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
-
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
 
 from draftloom.errors import ModelError
 
 from .bundled import bundled_pairs, default_pair
+from .hub import Hub, Repository
 
-__all__ = ["DRAFT_SUFFIX", "FILES", "locate"]
+__all__ = ["DRAFT_SUFFIX", "locate"]
 
 DRAFT_SUFFIX = "-draft"
 """The drafter of bundled pair NAME is called NAME-draft."""
 
-FILES = (
-    "*.json",
-    "model*.safetensors",
-    "tokenizer.model",
-    "*.tiktoken",
-    "*.txt",
-    "*.jinja",
-)
-"""What is fetched of a repository: weights as safetensors, configs, tokenizer. Never code."""
 
-_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-
-
-def locate(reference: str) -> Path | None:
+def locate(reference: str, hub: Hub | None = None) -> Path | None:
     """The local folder of a model.
 
     Args:
         reference: empty for the bundled target, the name of a bundled pair (its target) or that
-            name with ``-draft`` (its drafter), a folder, or OWNER/NAME of a hub repository,
-            which is downloaded where it is not cached.
+            name with ``-draft`` (its drafter), a folder, or OWNER/NAME or OWNER/NAME@REVISION of a
+            hub repository. Of a repository that is not cached the small files are downloaded;
+            the weights follow when it is loaded.
+        hub: how the hub is reached; by default as its environment says.
 
     Returns:
         The folder; None for a reference of another kind.
@@ -61,28 +43,9 @@ def locate(reference: str) -> Path | None:
         if not path.is_dir():
             raise ModelError(f"{reference} is a file", "give the model's folder")
         return path.resolve()
-    if _REPOSITORY.fullmatch(reference):
-        return _download(reference)
+    repository = Repository.parse(reference)
+    if repository is not None:
+        return (hub or Hub()).locate(repository)
     if "/" in reference or reference.startswith("."):
         raise ModelError(f"no model folder at {reference}", "check the path")
     return None
-
-
-def _download(repository: str) -> Path:
-    try:
-        return Path(snapshot_download(repository, allow_patterns=list(FILES)))
-    except GatedRepoError as error:
-        raise ModelError(
-            f"{repository} is gated", "accept its terms on the hub, then `hf auth login`"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise ModelError(
-            f"no hub repository {repository} (or it is private), and no such folder",
-            "check the name; for a private one, `hf auth login`",
-        ) from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        first = str(error).strip().partition("\n")[0]
-        raise ModelError(
-            f"{repository} is no folder here and cannot be downloaded: {first}",
-            "check the network, or give a folder",
-        ) from error

@@ -18,6 +18,8 @@ from draftloom.contracts import LoadedModel
 from draftloom.errors import ModelError
 from draftloom.model_info import ModelInfo
 
+from .hub import Hub, check_config
+
 __all__ = ["SMALL_MODEL", "check_weight_files", "compute_dtype", "load"]
 
 SMALL_MODEL = 1_000_000_000
@@ -42,6 +44,8 @@ def load(model: ModelInfo, dtype: str) -> LoadedModel | None:
     """
     if model.path is None:
         return None
+    check_config(model.name, model.config)
+    Hub().complete(model.path)
     check_weight_files(model.path)
     try:
         module, config = load_mlx_model(model.path, lazy=True)

@@ -1,0 +1,325 @@
+"""Fetching models from a hub: what is fetched when, and what a user is told when it fails."""
+
+import json
+import shutil
+from collections import namedtuple
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from draftloom import PipelineBuilder
+from draftloom.adapters.bundled import default_pair
+from draftloom.adapters.hub import Hub, Repository
+from draftloom.errors import ModelError
+from draftloom.model_info import ModelInfo
+
+from .test_hub_server import HubServer, folder_files, hub_server
+
+NAME = Repository("lab/tiny")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[HubServer]:
+    """A hub; every test adds its own repositories."""
+    with hub_server() as running:
+        yield running
+
+
+@pytest.fixture
+def hub(server: HubServer, tmp_path: Path) -> Hub:
+    """Access to the server with an empty cache."""
+    server.repos.clear()
+    server.asked.clear()
+    return Hub(cache=tmp_path / "cache", endpoint=server.url)
+
+
+def offline(hub: Hub) -> Hub:
+    """The same cache without the hub."""
+    return Hub(offline=True, cache=hub.cache, endpoint=hub.endpoint)
+
+
+def refused(error: pytest.ExceptionInfo[ModelError]) -> tuple[str, str]:
+    """Message and hint, each one line."""
+    assert "\n" not in str(error.value)
+    assert error.value.hint
+    return error.value.message, error.value.hint
+
+
+def incomplete(hub: Hub) -> list[Path]:
+    """What an interrupted download left of weights in the cache, under whatever name."""
+    assert hub.cache is not None
+    return list(hub.cache.rglob("model*.safetensors"))
+
+
+# --- what is fetched -----------------------------------------------------------------------------
+
+
+def test_config_first_then_the_weights(hub: Hub, server: HubServer, tiny: Path) -> None:
+    files = folder_files(tiny)
+    extra = {"README.md": b"#", "pytorch_model.bin": b"x", "modeling.py": b"raise SystemExit"}
+    server.add("lab/tiny", {**files, **extra, "onnx/config.json": b"{}"})
+    folder = hub.locate(NAME)
+    assert sorted(server.fetched()) == ["config.json", "tokenizer.json", "tokenizer_config.json"]
+    hub.complete(folder)
+    assert server.fetched() == ["model.safetensors"]
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == files
+    assert hub.locate(NAME) == folder
+    hub.complete(folder)
+    assert server.fetched() == [], "cached"
+
+
+def test_a_drafter_comes_whole(hub: Hub, server: HubServer) -> None:
+    server.add("lab/draft", folder_files(default_pair().draft))
+    folder = hub.locate(Repository("lab/draft"))
+    assert (folder / "model.safetensors").is_file()
+
+
+def test_shards_are_those_of_the_index(hub: Hub, server: HubServer, tiny: Path) -> None:
+    files = folder_files(tiny)
+    weights = files.pop("model.safetensors")
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    index = json.dumps({"weight_map": {"a": names[0], "b": names[1]}}).encode()
+    files |= {"model.safetensors.index.json": index, "model-other.safetensors": b"no"}
+    server.add("lab/tiny", {**files, names[0]: weights, names[1]: weights})
+    folder = hub.locate(NAME)
+    server.fetched()
+    hub.complete(folder)
+    assert sorted(server.fetched()) in (names, names[:1]), "equal contents may be sent once"
+    assert not (folder / "model-other.safetensors").exists()
+    server.add("lab/gap", {**files, names[0]: weights})
+    with pytest.raises(ModelError) as error:
+        hub.complete(hub.locate(Repository("lab/gap")))
+    assert names[1] in refused(error)[0]
+
+
+def test_revisions(hub: Hub, server: HubServer, tiny: Path, tiny_chat: Path) -> None:
+    repo = server.add("lab/tiny", folder_files(tiny))
+    first = repo.refs["main"]
+    old = hub.locate(NAME)
+    hub.complete(old)
+    repo.commit(folder_files(tiny_chat))
+    new = hub.locate(NAME)
+    assert new.name == repo.refs["main"] != first
+    assert "chat_template" in (new / "tokenizer_config.json").read_text()
+    hub.complete(new)
+    assert hub.locate(Repository("lab/tiny", first)) == old
+    repo.refs["v1"] = first
+    assert hub.locate(Repository("lab/tiny", "v1")) == old
+    assert offline(hub).locate(Repository("lab/tiny", "v1")) == old
+    with pytest.raises(ModelError) as error:
+        hub.locate(Repository("lab/tiny", "v9"))
+    assert refused(error)[0] == "lab/tiny has no revision 'v9'"
+
+
+def test_check_loads_no_weights(
+    hub: Hub, server: HubServer, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.add("lab/tiny", folder_files(tiny))
+    monkeypatch.setattr("draftloom.adapters.locate.Hub", lambda: hub)
+    monkeypatch.setattr("draftloom.adapters.weights.Hub", lambda: hub)
+    builder = PipelineBuilder("lab/tiny").drafter("prompt-lookup")
+    assert builder.check().target.name == "lab/tiny"
+    assert "model.safetensors" not in server.fetched()
+    with builder.build() as pipeline:
+        assert pipeline.generate("import", max_tokens=4).token_ids
+    assert server.fetched() == ["model.safetensors"]
+
+
+# --- interrupted ---------------------------------------------------------------------------------
+
+
+def test_a_broken_transfer_goes_on_where_it_broke(
+    hub: Hub, server: HubServer, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo = server.add("lab/tiny", folder_files(tiny))
+    repo.cut["model.safetensors"] = 4096
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1024)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    folder = hub.locate(NAME)
+    hub.complete(folder)
+    ranges = [r for _, path, r in server.asked if path.endswith("model.safetensors") and r]
+    assert ranges == ["bytes=4096-"]
+    assert (folder / "model.safetensors").read_bytes() == (tiny / "model.safetensors").read_bytes()
+
+
+def test_a_download_given_up_is_not_taken_for_whole(
+    hub: Hub, server: HubServer, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    repo = server.add("lab/tiny", folder_files(tiny))
+    folder = hub.locate(NAME)
+    repo.file_status = 404
+    with pytest.raises(ModelError):
+        hub.complete(folder)
+    repo.file_status = 503
+    with pytest.raises(ModelError) as error:
+        hub.complete(folder)
+    assert "the hub answers 503" in refused(error)[0]
+    assert incomplete(hub) == []
+    with pytest.raises(ModelError, match="offline"):
+        offline(hub).complete(folder)
+    repo.file_status = 0
+    hub.complete(folder)
+    offline(hub).complete(folder)
+
+
+def test_the_disk_is_asked_first(
+    hub: Hub, server: HubServer, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo = server.add("lab/tiny", folder_files(tiny))
+    repo.sizes["model.safetensors"] = 17_900_000_000
+    folder = hub.locate(NAME)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 3_200_000))
+    server.fetched()
+    with pytest.raises(ModelError) as error:
+        hub.complete(folder)
+    assert "17.90 GB" in refused(error)[0]
+    assert "3.2 MB" in refused(error)[0]
+    assert server.fetched() == []
+
+
+# --- refused -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "words"),
+    [
+        (401, "GatedRepo", "lab/tiny is gated, and you are not logged in"),
+        (403, "GatedRepo", "lab/tiny is gated, and your account may not read it"),
+        (401, "", "the hub answers 401, you are not logged in or your token is not valid"),
+        (403, "", "the hub answers 403, your token may not read it"),
+        (401, "RepoNotFound", "no hub repository lab/tiny (or it is private)"),
+        (404, "RepoNotFound", "no hub repository lab/tiny (or it is private)"),
+        (429, "", "the hub answers 429, too many requests"),
+        (500, "", "the hub answers 500, it has a problem of its own"),
+    ],
+)
+def test_statuses(
+    hub: Hub, server: HubServer, tiny: Path, status: int, code: str, words: str
+) -> None:
+    repo = server.add("lab/tiny", folder_files(tiny))
+    repo.status, repo.error = status, code
+    with pytest.raises(ModelError) as error:
+        hub.locate(NAME)
+    assert words in refused(error)[0]
+
+
+def test_a_private_repository(
+    hub: Hub, server: HubServer, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.add("lab/tiny", folder_files(tiny)).secret = "right"
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with pytest.raises(ModelError, match="or it is private"):
+        hub.locate(NAME)
+    monkeypatch.setenv("HF_TOKEN", "wrong")
+    with pytest.raises(ModelError, match="your token is not valid"):
+        hub.locate(NAME)
+    monkeypatch.setenv("HF_TOKEN", "right")
+    assert hub.locate(NAME).is_dir()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model.safetensors": None}, "has no weights as model*.safetensors"),
+        ({"model.safetensors": None, "pytorch_model.bin": b"x"}, "it holds pytorch_model.bin"),
+        ({"config.json": None}, "has no config.json"),
+        ({"config.json": b"{"}, "config.json cannot be read"),
+        ({"config.json": {"model_file": "m.py"}}, "needs code of its own (model_file in"),
+        ({"config.json": {"model_type": "no-such", "auto_map": {"AutoModel": "m.M"}}}, "auto_map"),
+    ],
+    ids=["no-weights", "pickles", "no-config", "broken-config", "model-file", "auto-map"],
+)
+def test_repositories_that_are_refused(
+    hub: Hub, server: HubServer, tiny: Path, change: dict[str, object], words: str
+) -> None:
+    files = folder_files(tiny)
+    for name, content in change.items():
+        if isinstance(content, dict):
+            content = json.dumps({**json.loads(files[name]), **content}).encode()
+        files.pop(name, None)
+        if isinstance(content, bytes):
+            files[name] = content
+    server.add("lab/tiny", {**files, "m.py": b"raise SystemExit('ran')"})
+    with pytest.raises(ModelError) as error:
+        hub.locate(NAME)
+    assert words in refused(error)[0]
+    assert not incomplete(hub)
+
+
+def test_auto_map_of_a_known_family_is_left_alone(hub: Hub, server: HubServer, tiny: Path) -> None:
+    files = folder_files(tiny)
+    config = {**json.loads(files["config.json"]), "auto_map": {"AutoModel": "m.M"}}
+    server.add("lab/tiny", {**files, "config.json": json.dumps(config).encode()})
+    assert hub.locate(NAME).is_dir()
+
+
+# --- without the hub -----------------------------------------------------------------------------
+
+
+def test_offline(hub: Hub, server: HubServer, tiny: Path) -> None:
+    server.add("lab/tiny", folder_files(tiny))
+    with pytest.raises(ModelError) as error:
+        offline(hub).locate(NAME)
+    assert refused(error)[0] == "lab/tiny is not (wholly) in the cache, and this run is offline"
+    folder = hub.locate(NAME)
+    hub.complete(folder)
+    server.asked.clear()
+    assert offline(hub).locate(NAME) == folder
+    offline(hub).complete(folder)
+    assert server.asked == []
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match=r"not \(wholly\) in the cache"):
+        offline(hub).locate(NAME)
+
+
+def test_an_unreachable_hub_leaves_the_cache_in_use(
+    hub: Hub, server: HubServer, tiny: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    repo = server.add("lab/tiny", folder_files(tiny))
+    folder = hub.locate(NAME)
+    repo.status = 500
+    assert hub.locate(NAME) == folder
+    assert "using the cached copy of lab/tiny" in caplog.text
+    away = Hub(cache=hub.cache, endpoint="http://127.0.0.1:9")
+    assert away.locate(NAME) == folder
+    with pytest.raises(ModelError, match="the connection failed"):
+        away.complete(folder)
+    with pytest.raises(ModelError, match="the connection failed"):
+        away.locate(Repository("lab/other"))
+
+
+def test_a_newer_commit_without_weights_names_the_whole_one(
+    hub: Hub, server: HubServer, tiny: Path, tiny_chat: Path
+) -> None:
+    repo = server.add("lab/tiny", folder_files(tiny))
+    old = hub.locate(NAME)
+    hub.complete(old)
+    repo.commit(folder_files(tiny_chat))
+    new = hub.locate(NAME)
+    with pytest.raises(ModelError) as error:
+        offline(hub).complete(new)
+    assert refused(error)[1] == f"whole in the cache: lab/tiny@{old.name}"
+
+
+def test_names_and_folders() -> None:
+    assert Repository.parse("a/b@refs/pr/1") == Repository("a/b", "refs/pr/1")
+    assert Repository.parse("a/b") == Repository("a/b")
+    for other in ("a", "a/b/c", "/a/b", "./a", "a/b@", "a/b@../c c", "a b/c"):
+        assert Repository.parse(other) is None, other
+    commit = "0" * 40
+    folder = Path("/c/models--a--b/snapshots") / commit
+    assert Repository.of_snapshot(folder) == Repository("a/b", commit)
+    assert Repository.of_snapshot(Path("/c/datasets--a--b/snapshots") / commit) is None
+    assert Repository.of_snapshot(Path("/c/models--a--b/snapshots/main")) is None
+
+
+def test_a_local_folder_is_refused_its_own_code(tiny: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny, tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_file": "m.py"}))
+    plugins = PipelineBuilder().plugins
+    with pytest.raises(ModelError, match="needs code of its own"):
+        plugins.load_model(ModelInfo.from_path(folder), "auto")
