@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
-from functools import cache
 from pathlib import Path
 
 from draftloom.contracts import LoadedModel, TargetInfo
@@ -44,23 +42,18 @@ def load_model(model: ModelInfo, dtype: str) -> LoadedModel | None:
 
 @hookimpl(trylast=True)
 def resolve_drafter(target: TargetInfo, model: ModelInfo) -> ComponentSpec | None:
-    """The drafter of a bundled pair, or of a public pair by the target's exact name."""
+    """The drafter of a bundled pair, or of a pair of the registry by the target's exact name."""
     from .bundled import bundled_pairs
+    from .hub import Repository
     from .locate import DRAFT_SUFFIX
+    from .registry import Registry
 
     for pair in bundled_pairs().values():
         if model.path is not None and model.path.resolve() == pair.target.resolve():
             return ComponentSpec.make("dflash", {"checkpoint": pair.name + DRAFT_SUFFIX})
-    drafter = _public_pairs().get(target.name)
-    return None if drafter is None else ComponentSpec.make(*drafter)
-
-
-@cache
-def _public_pairs() -> dict[str, tuple[str, dict[str, str]]]:
-    text = (Path(__file__).parent / "pairs.toml").read_text(encoding="utf-8")
-    pairs = tomllib.loads(text)["pair"]
-    return {
-        name: (pair["kind"], {"checkpoint": pair["drafter"]})
-        for pair in pairs
-        for name in pair["target"]
-    }
+    repository = Repository.parse(target.name)
+    if repository is None and model.path is not None:
+        repository = Repository.of_snapshot(model.path)
+    name = target.name if repository is None else repository.name
+    found = Registry.load().find(name, model.path)
+    return None if found is None else found.spec()
