@@ -74,12 +74,12 @@ class ModelInfo:
 
     @classmethod
     def from_model(cls, model: nn.Module) -> ModelInfo:
-        """Describe a model that mlx-lm has loaded, from its `args`.
+        """Describe a model that mlx-lm has loaded, from its `args` (some keep them as `config`).
 
         Raises:
             ModelError: the module carries no mlx-lm `args`.
         """
-        args = getattr(model, "args", None)
+        args = getattr(model, "args", None) or getattr(model, "config", None)
         config = dict(vars(args)) if args is not None and hasattr(args, "__dict__") else {}
         config.setdefault("model_type", getattr(model, "model_type", ""))
         if not config["model_type"]:
