@@ -7,17 +7,31 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_map
 
 from draftloom import PipelineBuilder
 from draftloom.contracts import TargetAdapter
 from draftloom.events import CycleEvent
 from draftloom.pipeline import GenerateOptions
 from tests.support import models, pipelines
-from tests.support.drafters import MODES, ScriptedDrafter
+from tests.support.drafters import ScriptedDrafter
 from tests.support.oracle import Trace, greedy_trace
 
-__all__ = ["DRAFTERS", "ROLLBACKS", "TAPS", "VERIFIERS", "Case", "rollbacks_for", "run"]
+__all__ = [
+    "DRAFTERS",
+    "ROLLBACKS",
+    "TAPS",
+    "VERIFIERS",
+    "Case",
+    "build",
+    "disturbed",
+    "draft_model",
+    "rollbacks_for",
+    "run",
+]
 
 TAPS = (0, 2)
 NEW_TOKENS = 18
@@ -26,10 +40,14 @@ DRAFTERS = (
     "prompt-lookup",
     "autoregressive-attention",
     "autoregressive-hybrid",
+    "autoregressive-near",
     "autoregressive-itself",
     "dflash",
     "cascade",
-    *(f"scripted-{mode}" for mode in MODES),
+    "scripted-right",
+    "scripted-wrong",
+    "scripted-half",
+    "scripted-mixed",
 )
 ROLLBACKS: dict[str, Any] = {
     "auto": "auto",
@@ -73,9 +91,27 @@ class Case:
         return greedy_trace(self.family, self.prompt, NEW_TOKENS + 16)
 
 
-@lru_cache(maxsize=32)
-def _draft_model(family: str, seed: int) -> TargetAdapter:
-    return pipelines.adapt(models.new(models.FAMILIES[family], seed))
+@lru_cache(maxsize=64)
+def draft_model(family: str, detail: str) -> TargetAdapter:
+    """A model to draft for a family: some other one, a disturbed copy (``near``), or a copy."""
+    if detail == "attention":
+        return pipelines.adapt(models.new(models.FAMILIES["qwen3"], 7))
+    if detail == "hybrid":
+        return pipelines.adapt(models.new(models.FAMILIES["qwen3_5-v2"], 7))
+    return pipelines.adapt(disturbed(family, 0.1 if detail == "near" else 0.0))
+
+
+def disturbed(family: str, noise: float) -> nn.Module:
+    """The model of a family with noise on its weights, relative to their size."""
+    model = models.new(models.FAMILIES[family])
+    rng = np.random.default_rng(77)
+    model.update(
+        tree_map(
+            lambda w: w * mx.array(1 + noise * rng.standard_normal(w.shape).astype(np.float32)),
+            model.parameters(),
+        )
+    )
+    return model
 
 
 def _with_drafter(case: Case, builder: PipelineBuilder, folder: Path) -> PipelineBuilder:
@@ -86,10 +122,7 @@ def _with_drafter(case: Case, builder: PipelineBuilder, folder: Path) -> Pipelin
             seed=case.seed, taps=TAPS,
         )  # fmt: skip
     if name == "autoregressive":
-        chosen = {"attention": ("qwen3", 7), "hybrid": ("qwen3_5-v2", 7)}.get(
-            detail, (case.family, 0)
-        )
-        return builder.drafter("autoregressive", model=_draft_model(*chosen))
+        return builder.drafter("autoregressive", model=draft_model(case.family, detail))
     checkpoint = folder / "dflash"
     if not checkpoint.is_dir():
         pipelines.dflash_checkpoint(
