@@ -92,8 +92,9 @@ class RunFolder:
 
     def _read(self) -> TrainState:
         try:
-            arrays, metadata = mx.load(str(self.state_file), return_metadata=True)
-            facts = json.loads(metadata["draftloom"])  # type: ignore[call-overload]
+            loaded: Any = mx.load(str(self.state_file), return_metadata=True)
+            arrays, metadata = loaded
+            facts = json.loads(metadata["draftloom"])
             mx.eval(arrays)
         except (RuntimeError, ValueError, KeyError) as error:
             raise ModelError(

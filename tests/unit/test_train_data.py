@@ -1,0 +1,212 @@
+"""Training data: reading, checking, splitting, packing, and the labels of blocks."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from draftloom.apps.train.batches import Batches, labels_after
+from draftloom.apps.train.data import Document, Packed, pack, read_corpus
+from draftloom.apps.train.settings import TrainSettings
+from draftloom.errors import UsageError
+
+WORDS = ["<eos>", "a", "b", "c", "d", "user", "assistant"]
+
+
+class Words:
+    """A tokenizer of single words with a chat template: ROLE WORDS <eos> for every message."""
+
+    eos_token_id = 0
+    has_chat_template = True
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [WORDS.index(word) for word in text.split()]
+
+    def apply_chat_template(
+        self, messages: list[dict[str, str]], add_generation_prompt: bool = False
+    ) -> list[int]:
+        ids: list[int] = []
+        for message in messages:
+            ids += [WORDS.index(message["role"]), *self.encode(message["content"]), 0]
+        return [*ids, WORDS.index("assistant")] if add_generation_prompt else ids
+
+
+def write(path: Path, *records: Any) -> Path:
+    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    return path
+
+
+def read(*files: Path, tokenizer: Any = None, held_out: float = 0.0, seed: int = 0) -> Any:
+    given = Words() if tokenizer is None else tokenizer
+    return read_corpus(files, given, len(WORDS), held_out=held_out, seed=seed)
+
+
+def test_text_is_trained_on_as_a_whole(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("a b c")
+    (document,) = read(tmp_path / "x.txt").train
+    assert document.tokens == (1, 2, 3)
+    assert document.trained == (True,) * 3
+    assert document.prompt == 0
+
+
+def test_response_is_trained_on_and_its_prompt_is_not(tmp_path: Path) -> None:
+    file = write(tmp_path / "x.jsonl", {"prompt": "a b", "response": "c d"})
+    (document,) = read(file).train
+    assert document.tokens == (1, 2, 3, 4, 0)
+    assert document.trained == (False, False, True, True, True)
+    assert document.prompt == 2
+
+
+def test_every_answer_of_a_chat_is_trained_on(tmp_path: Path) -> None:
+    roles = ["user", "assistant", "user", "assistant"]
+    messages = [{"role": r, "content": c} for r, c in zip(roles, "abcd", strict=True)]
+    (document,) = read(write(tmp_path / "x.jsonl", {"messages": messages})).train
+    assert document.tokens == (5, 1, 0, 6, 2, 0, 5, 3, 0, 6, 4, 0)
+    assert [i for i, t in enumerate(document.trained) if t] == [4, 5, 10, 11]
+    assert document.prompt == 10
+
+
+def test_template_that_rewrites_old_turns_trains_the_last_one(tmp_path: Path) -> None:
+    class Forgetful(Words):
+        def apply_chat_template(
+            self, messages: list[dict[str, str]], add_generation_prompt: bool = False
+        ) -> list[int]:
+            ids = super().apply_chat_template(messages, add_generation_prompt)
+            return [*ids, 4] if add_generation_prompt else ids  # an empty thought
+
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    file = write(tmp_path / "x.jsonl", {"messages": messages})
+    (document,) = read(file, tokenizer=Forgetful()).train
+    assert document.tokens == (5, 1, 0, 6, 4, 2, 0)
+    assert document.trained == (False,) * 5 + (True, True)
+
+
+def test_folder_is_read_without_hidden_and_binary_files(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "x.py").write_text("a b c")
+    (tmp_path / "y.bin").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "z").write_text("a")
+    assert [d.tokens for d in read(tmp_path).train] == [(1, 2, 3)]
+
+
+def test_equal_documents_are_one(tmp_path: Path) -> None:
+    corpus = read(write(tmp_path / "x.jsonl", {"text": "a b"}, {"text": "a b"}, {"text": "c"}))
+    assert len(corpus.train) == 2
+    assert corpus.duplicates == 1
+
+
+def test_split_is_by_document_and_repeats(tmp_path: Path) -> None:
+    file = write(tmp_path / "x.jsonl", *({"tokens": [1, i % 7, i // 7, 2]} for i in range(40)))
+    first, again = (read(file, held_out=0.2) for _ in range(2))
+    assert first == again
+    assert len(first.held_out) == 8
+    assert not set(first.held_out) & set(first.train)
+    assert read(file, held_out=0.2, seed=1).held_out != first.held_out
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{", "no JSON"),
+        ("[1]", "no object"),
+        ('{"tokens": [1, 99]}', "token id 99 is outside the target's vocabulary of 7"),
+        ('{"tokens": [1, -1]}', "token id -1"),
+        ('{"tokens": ["a"]}', "whole numbers"),
+        ('{"tokens": [1], "prompt_tokens": 5}', "prompt_tokens"),
+        ('{"tokens": 5}', "cannot be used"),
+        ('{"prompt": "a"}', "without a"),
+        ('{"text": 5}', "a text is needed"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "no assistant message"),
+        ('{"messages": [{"content": "a"}]}', "cannot be used"),
+    ],
+)
+def test_line_that_cannot_be_used_is_named(tmp_path: Path, line: str, words: str) -> None:
+    (tmp_path / "x.jsonl").write_text('{"tokens": [1, 2]}\n' + line + "\n")
+    with pytest.raises(UsageError, match=r"x\.jsonl, line 2") as caught:
+        read(tmp_path / "x.jsonl")
+    assert words in str(caught.value)
+
+
+def test_empty_data_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text(" \n")
+    with pytest.raises(UsageError, match="no document"):
+        read(tmp_path / "x.txt")
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"nope\.txt cannot be read"):
+        read(tmp_path / "nope.txt")
+
+
+def test_one_document_cannot_be_split(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("a b")
+    with pytest.raises(UsageError, match="cannot be split"):
+        read(tmp_path / "x.txt", held_out=0.1)
+
+
+def document(*tokens: int, prompt: int = 0) -> Document:
+    return Document(tokens, tuple(i >= prompt for i in range(len(tokens))), prompt, "here")
+
+
+def test_texts_are_packed_and_chats_are_not() -> None:
+    texts = [document(1, 2, 3), document(4, 5), document(6, 7, 8, 9, prompt=1)]
+    packed = pack(texts, 4, 0)
+    assert [p.tokens for p in packed] == [(6, 7, 8, 9), (1, 2, 3, 0), (4, 5, 0)]
+    assert packed[1].segments == (0, 0, 0, 0)
+    assert packed[0].anchors() == [1, 2]
+
+
+def test_blocks_do_not_reach_into_the_next_document() -> None:
+    (row,) = pack([document(1, 2, 3), document(4, 5, 6)], 8, 0)
+    assert row.tokens == (1, 2, 3, 0, 4, 5, 6, 0)
+    assert row.anchors() == [1, 2, 4, 5, 6]
+    assert labels_after(row, 1, 4) == ([3, 0, 4, 5], [1.0, 1.0, 0.0, 0.0])
+    assert labels_after(row, 6, 3) == ([0, 0, 0], [1.0, 0.0, 0.0])
+
+
+def test_labels_end_where_the_response_does() -> None:
+    row = Packed((1, 2, 3, 4, 5), (False, True, True, False, True), (0,) * 5)
+    assert row.anchors() == [1]
+    assert labels_after(row, 1, 3) == ([3, 4, 5], [1.0, 0.0, 0.0])
+
+
+def test_nothing_to_train_on_is_an_error() -> None:
+    with pytest.raises(UsageError, match="none of 1 documents"):
+        pack([document(1, 2, 3, prompt=3)], 4, None)
+
+
+def batches(seed: int = 0) -> Batches:
+    rows = [Packed((i, *range(1, 20)), (True,) * 20, (0,) * 20) for i in range(5)]
+    settings = TrainSettings(batch=2, anchors=3, seed=seed)
+    return Batches(rows, lambda n: (mx.zeros((len(n), 20, 4)), None), settings, slots=3)
+
+
+def test_an_epoch_takes_every_sequence_once() -> None:
+    stream = batches()
+    numbers = [n for i in range(5) for n in stream.chosen(i)[0]]
+    assert sorted(numbers[:5]) == sorted(numbers[5:]) == list(range(5))
+
+
+def test_anchors_are_drawn_anew_each_epoch_and_repeat_with_the_seed() -> None:
+    drawn: dict[int, list[list[int]]] = {}
+    for i in range(5):
+        for number, anchors in zip(*batches().chosen(i), strict=True):
+            drawn.setdefault(number, []).append(anchors)
+    assert all(first != second for first, second in drawn.values())
+    assert batches().chosen(4) == batches().chosen(4)
+    assert batches(1).chosen(4) != batches().chosen(4)
+
+
+def test_labels_of_a_batch_follow_their_anchors() -> None:
+    batch, tokens = batches().batch(0)
+    assert tokens == 40
+    assert batch.anchor_tokens.shape == (2, 3)
+    anchors: Any = batch.anchors.tolist()
+    labels: Any = batch.labels.tolist()
+    for row in range(2):
+        for place, found in zip(anchors[row], labels[row], strict=True):
+            inside = [p if p < 20 else 0 for p in range(place + 1, place + 4)]
+            assert found == inside
