@@ -23,7 +23,7 @@ from draftloom.model_info import ModelInfo
 
 from .taps import LayerTaps
 
-__all__ = ["MlxLmAdapter", "describe_model", "language_model"]
+__all__ = ["MlxLmAdapter", "cache_kind", "describe_model", "language_model", "make_skeleton"]
 
 
 def language_model(model: nn.Module) -> Any:
@@ -31,8 +31,8 @@ def language_model(model: nn.Module) -> Any:
     return getattr(model, "language_model", model)
 
 
-def describe_model(model: ModelInfo, adapter: str) -> tuple[TargetInfo, Any]:
-    """Description and skeleton of a model: its class, made from the config, without weights.
+def make_skeleton(model: ModelInfo) -> tuple[Any, Any]:
+    """A model made from its config, without weights, and the arguments of its text part.
 
     MLX makes arrays lazily, so that the skeleton holds none.
 
@@ -50,22 +50,31 @@ def describe_model(model: ModelInfo, adapter: str) -> tuple[TargetInfo, Any]:
             "is its config.json complete?",
         ) from error
     text = language_model(skeleton)
-    args, layers = text.args, text.model.layers
-    caches = make_prompt_cache(skeleton)
+    return skeleton, getattr(text, "args", getattr(skeleton, "args", None))
+
+
+def describe_model(model: ModelInfo, adapter: str) -> tuple[TargetInfo, Any]:
+    """Description and skeleton of a model that is laid out as Llama is.
+
+    Raises:
+        ModelError: see `make_skeleton`.
+    """
+    skeleton, args = make_skeleton(model)
     info = TargetInfo(
         name=model.name,
         adapter=adapter,
         model_type=model.model_type,
         hidden_size=int(args.hidden_size),
         vocab_size=int(args.vocab_size),
-        num_layers=len(layers),
-        cache_kinds=tuple(_kind(cache) for cache in caches),
+        num_layers=len(language_model(skeleton).model.layers),
+        cache_kinds=tuple(cache_kind(cache) for cache in make_prompt_cache(skeleton)),
         context_limit=getattr(args, "max_position_embeddings", None),
     )
     return info, skeleton
 
 
-def _kind(cache: Any) -> CacheKind:
+def cache_kind(cache: Any) -> CacheKind:
+    """What kind of cache an entry of mlx-lm's is."""
     kinds = {
         KVCache: CacheKind.ATTENTION,
         QuantizedKVCache: CacheKind.ATTENTION,

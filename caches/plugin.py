@@ -10,17 +10,21 @@ __all__ = ["register_cache_rollbacks", "resolve_cache_rollback"]
 
 @hookimpl
 def register_cache_rollbacks(register: Register) -> None:
-    """trim, tape-replay, snapshot."""
+    """trim, tape-replay, sliding-window, snapshot."""
     register("trim", "draftloom.caches.trim:TrimRollback")
     register("tape-replay", "draftloom.caches.tape_replay:TapeReplayRollback")
+    register("sliding-window", "draftloom.caches.sliding_window:SlidingWindowRollback")
     register("snapshot", "draftloom.caches.snapshot:SnapshotRollback")
 
 
 @hookimpl(trylast=True)
 def resolve_cache_rollback(cache_kind: CacheKind, target: TargetInfo) -> str | None:
-    """Trim for attention, replay where a tape is recorded, snapshot for the rest."""
+    """Trim for attention, replay where a tape is recorded, a strategy of its own for a sliding
+    window, snapshot for the rest."""
     if cache_kind == CacheKind.ATTENTION:
         return "trim"
+    if cache_kind == CacheKind.SLIDING_WINDOW:
+        return "sliding-window"
     if cache_kind == CacheKind.GATED_DELTA and cache_kind in target.tape_kinds:
         return "tape-replay"
     return "snapshot"

@@ -14,9 +14,9 @@ import mlx.nn as nn
 from draftloom.contracts import TargetAdapter
 from draftloom.model_info import ModelInfo
 from tests.support import pipelines
-from tests.support.models import COMMON, EXPERTS, GATED_DELTA, HEAD, HIDDEN, VOCAB, randomize
+from tests.support.models import COMMON, HEAD, HIDDEN, VOCAB, randomize
 
-__all__ = ["GENERIC", "MORE", "SLIDING", "WINDOW", "More", "adapted", "new_model", "recorded"]
+__all__ = ["GENERIC", "MORE", "SLIDING", "WINDOW", "More", "Recorded", "adapted", "new_model"]
 
 WINDOW = 8
 
@@ -240,6 +240,8 @@ def new_model(family: More, seed: int = 0) -> nn.Module:
     """A new model; the same seed gives the same weights."""
     module = importlib.import_module(f"mlx_lm.models.{family.module}")
     model: nn.Module = module.Model(module.ModelArgs.from_dict(_copy(family.config)))
+    if not hasattr(model, "args"):  # plamo2; what a loaded model is described from
+        model.args = model.config
     randomize(model, seed)
     model.eval()
     return model
@@ -287,7 +289,7 @@ class _Recorder(nn.Module):
             return getattr(self["module"], name)
 
 
-class recorded:  # noqa: N801 a context manager
+class Recorded:
     """A model whose layers and final norm tell what went through them.
 
     Attributes:
