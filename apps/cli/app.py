@@ -17,6 +17,7 @@ import typer
 from draftloom.errors import DraftloomError, GenerationError, GraphError, PluginError
 
 from .audit import audit
+from .bench import bench_app
 from .chat import chat
 from .doctor import doctor
 from .generate import generate
@@ -48,6 +49,7 @@ def build_app(state: CliState) -> typer.Typer:
     app.command()(generate)
     app.command()(chat)
     app.command()(audit)
+    app.add_typer(bench_app, name="bench")
     app.add_typer(pipeline_app, name="pipeline")
     app.add_typer(train_app, name="train")
     app.command()(plugins)

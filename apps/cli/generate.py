@@ -28,6 +28,7 @@ from .options import (
     TopKOption,
     TopPOption,
     VerifierOption,
+    WidthOption,
     read_prompt,
     text_options,
 )
@@ -66,6 +67,7 @@ def generate(
     acceptance: AcceptanceOption = None,
     rollback: RollbackOption = None,
     block_size: BlockSizeOption = None,
+    width: WidthOption = None,
     pipeline: PipelineOption = None,
     dtype: DtypeOption = None,
     temperature: TemperatureOption = None,
@@ -80,7 +82,7 @@ def generate(
     """
     flags = PipelineFlags(
         target=target, drafter=drafter, verifier=verifier, acceptance=acceptance,
-        rollback=rollback, block_size=block_size, pipeline=pipeline, dtype=dtype,
+        rollback=rollback, block_size=block_size, width=width, pipeline=pipeline, dtype=dtype,
         temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed,
     )  # fmt: skip
     text, options = read_prompt(prompt, prompt_file), text_options(max_tokens, stop)

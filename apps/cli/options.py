@@ -32,7 +32,9 @@ __all__ = [
     "TopKOption",
     "TopPOption",
     "VerifierOption",
+    "WidthOption",
     "parse_rollback",
+    "parse_width",
     "read_prompt",
     "read_text",
     "text_options",
@@ -82,6 +84,14 @@ BlockSizeOption = Annotated[
     typer.Option(
         metavar="N",
         help="Tokens a cycle verifies, the last known one included. Default: the drafter's.",
+        rich_help_panel=PARTS,
+    ),
+]
+WidthOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="POLICY|N",
+        help="A width policy (adaptive), or draft tokens a cycle. Default: the drafter's.",
         rich_help_panel=PARTS,
     ),
 ]
@@ -142,6 +152,7 @@ class PipelineFlags:
         target, drafter, verifier, acceptance, dtype: names as the builder takes them.
         rollback: ``NAME``, or ``KIND=NAME,KIND=NAME``.
         block_size: tokens a cycle verifies, the anchor included.
+        width: a width policy, or draft tokens a cycle.
         pipeline: a pipeline file; the other options override what it says.
         temperature, top_p, top_k, min_p, seed: sampling parameters.
     """
@@ -152,6 +163,7 @@ class PipelineFlags:
     acceptance: str | None = None
     rollback: str | None = None
     block_size: int | None = None
+    width: str | None = None
     pipeline: Path | None = None
     dtype: str | None = None
     temperature: float | None = None
@@ -186,7 +198,11 @@ class PipelineFlags:
         if self.rollback is not None:
             builder = builder.rollback(parse_rollback(self.rollback))
         if self.block_size is not None:
+            if self.width is not None:
+                raise UsageError("both --block-size and --width are given", "give one of them")
             builder = builder.block_size(self.block_size)
+        if self.width is not None:
+            builder = builder.width(parse_width(self.width))
         sampling = {**dict(spec.sampling), **self._sampling()}
         return builder.sampling(**sampling) if sampling else builder
 
@@ -221,6 +237,20 @@ def parse_rollback(text: str) -> str | dict[str, str]:
             raise UsageError(f"--rollback names {kind!r} twice", "once a cache kind")
         chosen[kind] = name
     return chosen
+
+
+def parse_width(text: str) -> str | int:
+    """Read a number of draft tokens, or the name of a width policy.
+
+    Raises:
+        UsageError: empty, or below 0.
+    """
+    if not _name("width", text).strip().lstrip("+-").isdecimal():
+        return text
+    width = int(text)
+    if width < 0:
+        raise UsageError(f"--width must be at least 0, got {width}", "0 is plain decoding")
+    return width
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:
