@@ -15,8 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from draftloom.contracts import DraftRequest
+from draftloom.contracts import CacheKind, DraftRequest, TargetInfo
+from draftloom.hookspecs import hookimpl
 from draftloom.pipeline import GenerateOptions, Pipeline
+from draftloom.plugins import PluginManager
 from tests.support import cases, models
 from tests.support.cases import Case
 from tests.support.oracle import greedy
@@ -97,6 +99,31 @@ def test_an_autoregressive_draft_is_the_models_own_text(
     check()
     if detail == "near":
         assert len(counts) > 2, "drafts were always right, or always wrong"
+
+
+class SnapshotsForAll:
+    """A plugin that has every cache rolled back by running tokens again."""
+
+    @hookimpl
+    def resolve_cache_rollback(self, cache_kind: CacheKind, target: TargetInfo) -> str:
+        return "snapshot"
+
+
+def test_a_draft_model_that_runs_tokens_again_runs_the_right_ones(tmp_path: Path) -> None:
+    """Some draft models have caches that only a snapshot takes back."""
+    family = "qwen3_5-v2"
+    case = Case(family, "autoregressive-near", "auto", "block", 6, (1, 2, 3, 4))
+    builder = cases.build(case, tmp_path)
+    builder.plugins = PluginManager(entry_points=False, extra=[SnapshotsForAll()])
+    heard: Proposals = []
+    with builder.build() as pipeline, listening(pipeline, heard):
+        assert pipeline.names["rollback"] == "snapshot"
+        events = list(pipeline.engine(case.prompt, GenerateOptions(max_tokens=14)).cycles())
+    assert any(0 < e.accepted < e.verified for e in events)
+    alone = cases.disturbed(family, 0.1)
+    for seen, draft in heard:
+        text = case.trace.tokens[: seen + 1]
+        assert draft == greedy(alone, text, case.block_size - 1), f"after {seen} tokens"
 
 
 @pytest.mark.parametrize("family", ["qwen3_5-v2", "qwen3"])
