@@ -15,7 +15,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from draftloom.drafters.dflash.model import DFlashModel
-from draftloom.errors import DraftloomError, ModelError
+from draftloom.errors import DraftloomError, ModelError, UsageError
 from draftloom.plugins import PluginManager
 
 from .batches import Batches, Features
@@ -93,6 +93,11 @@ class Trainer:
 
     def _prepare(self) -> None:
         request, target, settings = self.request, self.target, self.settings
+        if not target.info.can_tap:
+            raise UsageError(
+                f"{target.info.name} gives no hidden states, which DFlash reads",
+                f"adapter {target.info.adapter} has no taps for {target.info.model_type}",
+            )
         if request.init is not None:
             self.drafter = load_init(request.init, target.info)
         else:
@@ -134,6 +139,7 @@ class Trainer:
             bias_correction=True,
         )
         self.state = self.folder.begin(request.resume) or self._fresh()
+        self.state.parameters = _in_order(self.state.parameters)
         self.optimizer.state = self.state.optimizer
         self.optimizer.init(self.state.parameters)
 
@@ -280,6 +286,13 @@ class Trainer:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
+
+
+def _in_order(parameters: Any) -> Any:
+    """The same tree with its names in order: sums over all of it then round the same way, whether
+    it was made here or read from a file."""
+    flat: Any = tree_flatten(parameters)
+    return tree_unflatten(sorted(flat, key=lambda item: item[0]))
 
 
 def initial_parameters(model: DFlashModel, seed: int) -> Any:

@@ -20,8 +20,8 @@ def seen_by_hand(
                 near = window is None or anchor + slot - key < window
                 row.append(key < anchor and near)
             for other in range(len(anchors)):
-                for key in range(block):
-                    row.append(other == mine and (not causal or key <= slot))
+                mine_too = other == mine
+                row += [mine_too and (not causal or key <= slot) for key in range(block)]
             rows.append(row)
     return rows
 
