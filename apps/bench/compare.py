@@ -80,9 +80,9 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
         for key in sorted({*before[part], *after[part]}):
             old, new = before[part].get(key), after[part].get(key)
             if old != new:
-                lines.append(f"{part} differ: {key} was {_shown(old)}, is {_shown(new)}")
+                lines.append(f"{part}: {key} was {_shown(old)}, is {_shown(new)}")
     lines += [
-        f"{key} differs: was {before.get(key)}, is {after.get(key)}"
+        f"{key} was {before.get(key)}, is {after.get(key)}"
         for key in ("target", "simulated")
         if before.get(key) != after.get(key)
     ]

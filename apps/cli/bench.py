@@ -209,7 +209,9 @@ def bench(
         else:
             _refuse_with_simulation(target, chosen, suite, dataset)
             _at_least(2, prompt_tokens=prompt_tokens)
-            options = (shape or "", _rates(simulate_acceptance), prompt_tokens)
+            if shape is None:
+                raise UsageError("--simulate-acceptance needs a shape", "--shape qwen3.5-4b")
+            options = (shape, _rates(simulate_acceptance), prompt_tokens)
             subject, prompts = _simulated(options, dtype, chosen, limit)
         _run(subject, settings, prompts, stages, (json_file, html_file))
 
@@ -346,7 +348,7 @@ def compare(
     old, new = read_report(before), read_report(after)
     found = compare_reports(old, new)
     for line in differences(old, new):
-        say_note(f"warning: {line}")
+        say_note(f"warning: not the same: {line}")
     tag = "simulated: " if new["simulated"] else ""
     rows: list[list[Any]] = [["variant", "tokens", "A", "B", "B/A", "range", ""]]
     for entry in found:

@@ -1,0 +1,162 @@
+"""Simulated acceptance, random weights of known shapes, and the pass that times the stages."""
+
+from itertools import pairwise
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+
+from draftloom import Draft, ModelInfo, PipelineBuilder, SamplingParams, SamplingState
+from draftloom.apps.bench.measure import EncodedPrompt, Settings, measure
+from draftloom.apps.bench.simulate import (
+    SimulatedAcceptance,
+    Simulation,
+    _shapes,
+    drafter_config,
+    random_prompts,
+    shape_names,
+    simulated_subject,
+)
+from draftloom.apps.bench.stages import STAGES, _Clock, _instrumented, time_stages
+from draftloom.apps.bench.subjects import Subject
+from draftloom.drafters.dflash import DFlashConfig
+from draftloom.errors import UnknownNameError, UsageError
+from draftloom.plugins import PluginManager
+from tests.support.models import build
+
+
+def logits(rows: int, vocab: int = 8) -> mx.array:
+    """Row i has its largest entry at i."""
+    return mx.eye(vocab)[None, :rows]
+
+
+def accepted(rates: list[float], seed: int, cycles: int, width: int = 3) -> list[int]:
+    policy = SimulatedAcceptance(rates, seed)
+    draft = Draft.deterministic(mx.zeros((1, width), dtype=mx.int32))
+    state = SamplingState(SamplingParams())
+    counts = []
+    for _ in range(cycles):
+        count, following = policy.accept(draft, logits(width + 1), state)
+        assert following.tolist() == count.tolist()  # the target's own token of that row
+        counts.append(int(count.item()))
+    return counts
+
+
+def test_prefixes_follow_the_rates() -> None:
+    counts = accepted([0.8, 0.5], seed=3, cycles=2000)
+    reached = [sum(c >= i for c in counts) for i in range(4)]
+    shares = [b / a for a, b in pairwise(reached)]
+    assert shares == pytest.approx([0.8, 0.5, 0.5], abs=0.06)
+
+
+def test_draws_are_seeded() -> None:
+    assert accepted([0.5], 1, 40) == accepted([0.5], 1, 40)
+    assert accepted([0.5], 1, 40) != accepted([0.5], 2, 40)
+
+
+@pytest.mark.parametrize(("rate", "count"), [(0.0, 0), (1.0, 3)])
+def test_certain_rates(rate: float, count: int) -> None:
+    assert set(accepted([rate], 0, 20)) == {count}
+
+
+def test_without_a_draft_nothing_is_accepted() -> None:
+    count, following = SimulatedAcceptance([1.0]).accept(
+        Draft.empty(), logits(1), SamplingState(SamplingParams())
+    )
+    assert (count.tolist(), following.tolist()) == ([0], [0])
+
+
+@pytest.mark.parametrize("name", shape_names())
+def test_shapes_describe_a_target_and_a_drafter_that_fit(name: str) -> None:
+    shape = _shapes()[name]
+    plugins = PluginManager(entry_points=False)
+    model = ModelInfo(name, None, shape["target"])
+    target = plugins.adapter_for(model).load().describe(model)
+    config = DFlashConfig.from_model(
+        ModelInfo(name, None, drafter_config(shape["target"], shape["drafter"]))
+    )
+    assert list(config.problems(target)) == []
+    assert len(set(config.tap_layers)) == shape["drafter"]["taps"]
+    assert max(config.tap_layers) < target.num_layers
+
+
+@pytest.fixture(scope="module")
+def subject() -> Subject:
+    return simulated_subject(
+        Simulation("tiny", (0.8, 0.5), prompt_tokens=6),
+        "float32",
+        [("dflash", None), ("width 2", 2), ("adaptive", "adaptive")],
+    )
+
+
+def test_simulated_names_say_so(subject: Subject) -> None:
+    assert all("simulated" in variant.name for variant in subject.variants)
+    assert "simulated" in subject.name
+
+
+def test_random_weights_are_finite_and_seeded(subject: Subject) -> None:
+    again = simulated_subject(Simulation("tiny", (0.5,)), "float32", [("a", None)])
+    ours, theirs = (tree_flatten(s.model.parameters()) for s in (subject, again))
+    assert all(bool(mx.isfinite(value).all()) for _, value in ours)
+    assert all(bool((a == b).all()) for (_, a), (_, b) in zip(ours, theirs, strict=True))
+
+
+def test_every_variant_runs_in_turns_and_writes_the_whole_length(subject: Subject) -> None:
+    prompts = random_prompts(Simulation("tiny", (0.5,), prompt_tokens=6), subject.vocab_size, 2)
+    settings = Settings(lengths=(4, 7), repeats=2, warm_up=2)
+    runs, texts = measure(subject, settings, prompts)
+    names = [variant.name for variant in subject.variants]
+    assert len(runs) == len(names) * 2 * 2 * 2
+    assert [run.order for run in runs] == list(range(len(runs)))
+    turns = list(dict.fromkeys((run.repeat, run.variant) for run in runs))
+    assert [name for repeat, name in turns if repeat == 0] == names
+    assert [name for repeat, name in turns if repeat == 1] == [*names[1:], names[0]]
+    assert all(run.tokens == run.length for run in runs)
+    assert all(run.fell_back == "" and run.peak_bytes > 0 for run in runs)
+    assert all(run.same_tokens is None for run in runs)
+    assert all(run.verified == sum(run.verified_by_position) for run in runs)
+    assert any(run.accepted for run in runs)
+    assert [text.variant for text in texts] == names[1:]
+    assert all(len(text.pieces) == 4 for text in texts)
+    origins = {origin for text in texts for _, origin, _ in text.pieces}
+    assert origins <= {"first", "plain", "drafted", "corrected", "bonus"}
+    assert all(text.pieces[0][1] == "first" for text in texts)
+
+
+def test_unknown_shape_type_and_rate() -> None:
+    with pytest.raises(UnknownNameError, match="did you mean 'qwen3-8b'"):
+        simulated_subject(Simulation("qwen3-8", (0.5,)), "auto", [("a", None)])
+    with pytest.raises(UsageError, match="no type 'float8'"):
+        simulated_subject(Simulation("tiny", (0.5,)), "float8", [("a", None)])
+    with pytest.raises(UsageError, match="outside"):
+        simulated_subject(Simulation("tiny", (1.5,)), "auto", [("a", None)])
+
+
+def pipeline_over(name: str) -> Any:
+    builder = PipelineBuilder(plugins=PluginManager(entry_points=False)).model(build(name))
+    return builder.drafter("prompt-lookup").width(3).build()
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "llama"])
+def test_timing_the_stages_changes_no_token(name: str) -> None:
+    prompt = (1, 2, 3, 1, 2, 3, 1, 2)
+    with pipeline_over(name) as pipeline:
+        plain = pipeline.generate(prompt, max_tokens=24)
+        clock = _Clock()
+        timed = _instrumented(pipeline, clock).generate(prompt, max_tokens=24)
+        again = pipeline.generate(prompt, max_tokens=24)
+    assert plain.token_ids == timed.token_ids == again.token_ids
+    assert plain.stats.accepted == timed.stats.accepted
+    assert set(clock.seconds) == set(STAGES) - {"host"}
+    assert all(seconds > 0 for seconds in clock.seconds.values())
+
+
+def test_stage_times_cover_all_stages_and_cycles() -> None:
+    prompts = [EncodedPrompt("s", (1, 2, 3, 1, 2)), EncodedPrompt("s", (4, 5, 4, 5))]
+    with pipeline_over("qwen3_5") as pipeline:
+        cycles = [pipeline.generate(p.ids, max_tokens=12).stats.cycles for p in prompts]
+        times = time_stages("x", pipeline, prompts, 12)
+    assert times.cycles == sum(cycles)
+    assert tuple(times.seconds) == STAGES
+    assert times.seconds["verify"] > 0
