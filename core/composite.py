@@ -52,14 +52,14 @@ class CompositeSpeculation:
     ) -> None:
         self._layers = layers
         self._base = cache
-        self._block = block
+        self.block = block
         self._target = target
         self._reforwards = any(layer.reforwards for layer in layers)
         self.cache: list[Any] = [layer.entry for layer in layers]
 
     def commit(self, num_accepted: Sequence[int]) -> None:
         """Keep the anchor and the accepted draft tokens of each row."""
-        width = self._block.shape[1] - 1
+        width = self.block.shape[1] - 1
         if not self._reforwards or all(n == width for n in num_accepted):
             for layer in self._layers:
                 layer.commit(num_accepted)
@@ -67,7 +67,7 @@ class CompositeSpeculation:
         if len(set(num_accepted)) > 1:
             raise ValueError("rows that accept different counts cannot be run again together")
         self.abort()
-        self._target.forward(self._block[:, : num_accepted[0] + 1], self._base)
+        self._target.forward(self.block[:, : num_accepted[0] + 1], self._base)
         mx.async_eval([entry.state for entry in self._base])
 
     def abort(self) -> None:

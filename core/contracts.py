@@ -376,9 +376,12 @@ class Speculation(Protocol):
 
     Attributes:
         cache: the entries that the verify pass must use.
+        block: [B, K+1] int32, the tokens of the pass. A strategy that runs accepted tokens again
+            takes them from here: who draws tokens as they run puts them here before committing.
     """
 
     cache: list[Any]
+    block: mx.array
 
     def commit(self, num_accepted: Sequence[int]) -> None:
         """Keep the anchor and `num_accepted[b]` draft tokens of each row. Absolute: a later

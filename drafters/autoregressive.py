@@ -117,9 +117,8 @@ class AutoregressiveSession:
     def propose(self, anchor: mx.array, width: int, sampling: SamplingState) -> Draft:
         """Up to `width` tokens after the anchor [1]; above temperature 0 with their q rows."""
         self._catch_up()
-        # The block's ids are drawn as it runs; only its length matters to the rollback.
-        block = mx.zeros((1, width), dtype=mx.int32)
-        self._speculation = self._open_speculation(self._cache, block)
+        # The block's ids are drawn as it runs: until then only its length is known.
+        self._speculation = self._open_speculation(self._cache, mx.zeros((1, width), mx.int32))
         self._run = width
         tokens, laws, token = [], [], anchor[:, None]
         for _ in range(width):
@@ -133,6 +132,7 @@ class AutoregressiveSession:
                 token = drawn[:, None]
             tokens.append(token)
         proposed = mx.concatenate(tokens, axis=1).astype(mx.int32)
+        self._speculation.block = mx.concatenate([anchor[:, None], proposed[:, :-1]], axis=1)
         healthy = mx.isfinite(logits).any(axis=-1)
         if not laws:
             return Draft.deterministic(proposed, healthy, source="autoregressive")
