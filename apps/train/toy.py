@@ -15,9 +15,6 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 from mlx_lm.models import qwen3
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
 
 __all__ = ["make_toy", "toy_texts"]
 
@@ -70,8 +67,10 @@ def make_toy(folder: Path | str, *, steps: int = 40, seed: int = 0) -> Path:
     }
     target = folder / "target"
     target.mkdir(parents=True, exist_ok=True)
-    tokenizer = _write_tokenizer(target, words)
-    model = _train(config, [tokenizer.encode(t).ids for t in toy_texts(64, 24, seed)], steps, seed)
+    vocabulary = {word: number for number, word in enumerate(words)}
+    _write_tokenizer(target, vocabulary)
+    texts = toy_texts(64, 24, seed)
+    model = _train(config, [[vocabulary[w] for w in t.split()] for t in texts], steps, seed)
     flat: Any = tree_flatten(model.parameters())
     mx.save_safetensors(str(target / "model.safetensors"), dict(flat), {"format": "mlx"})
     (target / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
@@ -83,17 +82,21 @@ def make_toy(folder: Path | str, *, steps: int = 40, seed: int = 0) -> Path:
     return folder
 
 
-def _write_tokenizer(target: Path, words: list[str]) -> Tokenizer:
-    tokenizer = Tokenizer(WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.save(str(target / "tokenizer.json"))
+def _write_tokenizer(target: Path, vocabulary: dict[str, int]) -> None:
+    """A tokenizer whose tokens are whole words."""
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": [],
+        "pre_tokenizer": {"type": "Whitespace"},
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"},
+    }
+    (target / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": "<eos>",
         "unk_token": "<unk>",
     }
     (target / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    return tokenizer
 
 
 def _train(config: dict[str, Any], texts: list[list[int]], steps: int, seed: int) -> nn.Module:
