@@ -122,8 +122,8 @@ def line_plot(title: str, lines: Sequence[Line], label: Callable[[float], str]) 
         return LEFT + 15 + (x - 1) * step, HEIGHT - BOTTOM - y * scale
 
     every = max(1, round(last / 16))
-    for x in range(1, int(last) + 1, every):
-        body.append(_text(at(x, 0)[0], HEIGHT - 12, str(x)))
+    for tick in range(1, int(last) + 1, every):
+        body.append(_text(at(tick, 0)[0], HEIGHT - 12, str(tick)))
     for line in lines:
         points = [at(x, y) for x, y in line.points]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)

@@ -145,6 +145,14 @@ class _Speculation:
         self._inner, self._base, self._clock = inner, base, clock
         self.cache = inner.cache
 
+    @property
+    def block(self) -> mx.array:
+        return self._inner.block
+
+    @block.setter
+    def block(self, tokens: mx.array) -> None:
+        self._inner.block = tokens
+
     def commit(self, num_accepted: Sequence[int]) -> None:
         self._clock.timed(
             "rollback", lambda: self._inner.commit(num_accepted), lambda none: _states(self._base)

@@ -133,15 +133,16 @@ def test_unknown_shape_type_and_rate() -> None:
         simulated_subject(Simulation("tiny", (1.5,)), "auto", [("a", None)])
 
 
-def pipeline_over(name: str) -> Any:
+def pipeline_over(name: str, verifier: str = "block") -> Any:
     builder = PipelineBuilder(plugins=PluginManager(entry_points=False)).model(build(name))
-    return builder.drafter("prompt-lookup").width(3).build()
+    return builder.drafter("prompt-lookup").verifier(verifier).width(3).build()
 
 
+@pytest.mark.parametrize("verifier", ["block", "sequential"])
 @pytest.mark.parametrize("name", ["qwen3_5", "llama"])
-def test_timing_the_stages_changes_no_token(name: str) -> None:
+def test_timing_the_stages_changes_no_token(name: str, verifier: str) -> None:
     prompt = (1, 2, 3, 1, 2, 3, 1, 2)
-    with pipeline_over(name) as pipeline:
+    with pipeline_over(name, verifier) as pipeline:
         plain = pipeline.generate(prompt, max_tokens=24)
         clock = _Clock()
         timed = _instrumented(pipeline, clock).generate(prompt, max_tokens=24)
