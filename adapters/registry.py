@@ -18,9 +18,10 @@ import attrs
 from draftloom.errors import ModelError, did_you_mean
 from draftloom.spec import ComponentSpec
 
-__all__ = ["Pair", "Registry", "user_file"]
+__all__ = ["PACKAGE_FILE", "Pair", "Registry", "user_file"]
 
 PACKAGE_FILE = Path(__file__).parent / "pairs.toml"
+"""The public pairs."""
 PAIR_KEYS = {"target", "drafter", "kind", "block_size", "note"}
 TABLE_KEYS = {"owners", "suffixes"}
 

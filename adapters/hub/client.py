@@ -12,6 +12,7 @@ import shutil
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import attrs
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import logging as hub_logging
-from huggingface_hub.utils import tqdm
+from huggingface_hub.utils.tqdm import tqdm
 
 from draftloom.errors import ModelError
 
@@ -138,8 +139,9 @@ class Hub:
                 folder = self._cached(repository)
             except ModelError:
                 raise explain(repository, error) from error
-            reason = explain(repository, error).message
-            _LOG.warning("draftloom: using the cached copy of %s: %s", repository, reason)
+            if not isinstance(error, OfflineModeIsEnabled):  # that was asked for
+                reason = explain(repository, error).message
+                _warn_once(f"draftloom: using the cached copy of {repository}: {reason}")
             return folder
 
     def _cached(self, repository: Repository) -> Path:
@@ -210,6 +212,12 @@ class Hub:
         folder = self.cache_root / repository.cache_folder / "snapshots"
         found = folder.iterdir() if folder.is_dir() else ()
         return sorted(path.name for path in found if weights_in(path) is not None)
+
+
+@cache
+def _warn_once(message: str) -> None:
+    """A pipeline locates its models several times over."""
+    _LOG.warning(message)
 
 
 @contextmanager

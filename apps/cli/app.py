@@ -21,6 +21,7 @@ from .bench import bench_app
 from .chat import chat
 from .doctor import doctor
 from .generate import generate
+from .models import models
 from .output import say_error
 from .pipeline import pipeline_app
 from .plugins import plugins
@@ -52,6 +53,7 @@ def build_app(state: CliState) -> typer.Typer:
     app.add_typer(bench_app, name="bench")
     app.add_typer(pipeline_app, name="pipeline")
     app.add_typer(train_app, name="train")
+    app.command()(models)
     app.command()(plugins)
     app.command()(doctor)
     if state.may_have_commands:

@@ -10,6 +10,7 @@ import typer
 
 from draftloom.errors import UsageError
 
+from .offline import OfflineOption
 from .options import (
     AcceptanceOption,
     BlockSizeOption,
@@ -46,6 +47,7 @@ def audit(
     as_json: JsonOption = False,
     target: TargetOption = None,
     drafter: DrafterOption = None,
+    offline: OfflineOption = False,
     verifier: VerifierOption = None,
     acceptance: AcceptanceOption = None,
     rollback: RollbackOption = None,

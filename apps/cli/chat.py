@@ -10,6 +10,7 @@ import typer
 from draftloom.errors import UsageError
 
 from .generation import GenerationSinks, build, run_generation
+from .offline import OfflineOption
 from .options import (
     AcceptanceOption,
     BlockSizeOption,
@@ -64,6 +65,7 @@ def chat(
     stop: StopOption = None,
     target: TargetOption = None,
     drafter: DrafterOption = None,
+    offline: OfflineOption = False,
     verifier: VerifierOption = None,
     acceptance: AcceptanceOption = None,
     rollback: RollbackOption = None,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import typer
 
+from .offline import OfflineOption
 from .options import JsonOption, TargetOption
 from .state import state_of
 
@@ -44,7 +45,10 @@ class KernelChoice:
 
 
 def doctor(
-    context: typer.Context, target: TargetOption = None, as_json: JsonOption = False
+    context: typer.Context,
+    target: TargetOption = None,
+    offline: OfflineOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Say what is installed, what runs here, and which kernels a target would use, and why."""
     plugins = state_of(context).plugins

@@ -11,6 +11,7 @@ import typer
 from draftloom.errors import UsageError
 
 from .generation import GenerationSinks, build, run_generation
+from .offline import OfflineOption
 from .options import (
     AcceptanceOption,
     BlockSizeOption,
@@ -63,6 +64,7 @@ def generate(
     as_json: JsonOption = False,
     target: TargetOption = None,
     drafter: DrafterOption = None,
+    offline: OfflineOption = False,
     verifier: VerifierOption = None,
     acceptance: AcceptanceOption = None,
     rollback: RollbackOption = None,

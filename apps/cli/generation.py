@@ -5,11 +5,14 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 import attrs
+
+from draftloom.errors import ModelError
 
 from .output import PrefillBar, busy
 from .trace import TraceFile
@@ -78,7 +81,12 @@ def build(builder: PipelineBuilder) -> Pipeline:
     Raises:
         ModelError, GraphError: see `PipelineBuilder.build`.
     """
-    builder.check()  # so that a mistake is said before anything moves on the screen
+    from draftloom.adapters.hub import Hub
+
+    plan = builder.check()  # so that a mistake is said before anything moves on the screen
+    if plan.model.path is not None:
+        with suppress(ModelError):  # loading says it; here the download has the line to itself
+            Hub().complete(plan.model.path)
     name = builder.spec.target or "the bundled pair"
     with busy(f"loading {Path(name).name or name}"):
         return builder.build()

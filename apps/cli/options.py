@@ -47,7 +47,8 @@ TargetOption = Annotated[
     str | None,
     typer.Option(
         metavar="DIR|REPO",
-        help="Model whose text it is: a folder or a hub repository. Default: the bundled one.",
+        help="Model whose text it is: a folder, or OWNER/NAME[@REVISION] of the hub. "
+        "Default: the bundled one.",
         rich_help_panel=PARTS,
     ),
 ]

@@ -32,6 +32,7 @@ class Repo:
         secret: the token that is asked for.
         cut: bytes after which a body breaks off, by file; a negative one breaks every time, a
             positive one once.
+        stall: a file whose body stops half way until the server's `release` is set.
         sizes: sizes that the API claims, by file.
     """
 
@@ -42,6 +43,7 @@ class Repo:
     file_status: int = 0
     secret: str = ""
     cut: dict[str, int] = attrs.field(factory=dict)
+    stall: str = ""
     sizes: dict[str, int] = attrs.field(factory=dict)
 
     def commit(self, files: dict[str, bytes], ref: str = "main") -> str:
@@ -59,11 +61,20 @@ def folder_files(folder: Path) -> dict[str, bytes]:
 
 @attrs.define
 class HubServer:
-    """The server. `asked` holds what it was asked: method, path, range."""
+    """The server.
+
+    Attributes:
+        repos: by OWNER/NAME.
+        asked: what it was asked: method, path, range.
+        url: its address.
+        stalled, release: a body has stopped half way; it may go on.
+    """
 
     repos: dict[str, Repo] = attrs.field(factory=dict)
     asked: list[tuple[str, str, str]] = attrs.field(factory=list)
     url: str = ""
+    stalled: threading.Event = attrs.field(factory=threading.Event)
+    release: threading.Event = attrs.field(factory=threading.Event)
 
     def add(self, name: str, files: dict[str, bytes]) -> Repo:
         """A repository with one commit on main."""
@@ -128,7 +139,20 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:  # noqa: C901
             cut = repo.cut.get(name, 0) if self.command == "GET" else 0
             if cut > 0:
                 del repo.cut[name]
+            if repo.stall == name and self.command == "GET":
+                return self._stall(data, headers)
             return self._send(206 if start else 200, data[start:], headers, cut=abs(cut))
+
+        def _stall(self, data: bytes, headers: dict[str, str]) -> None:
+            self.send_response(200)
+            for key, value in {**headers, "Content-Length": str(len(data))}.items():
+                self.send_header(key, value)
+            self.end_headers()
+            self.wfile.write(data[: len(data) // 2])
+            self.wfile.flush()
+            hub.stalled.set()
+            hub.release.wait(30)
+            self.close_connection = True
 
         def _send(self, status: int, body: bytes, headers: dict[str, str], cut: int = 0) -> None:
             self.send_response(status)
