@@ -6,6 +6,7 @@ from html import escape
 from typing import Any
 
 from .charts import Bar, Line, bar_plot, line_plot, stacked_plot
+from .measure import WINDOW
 from .stages import STAGES
 
 __all__ = ["render_html"]
@@ -55,6 +56,7 @@ def render_html(report: Report) -> str:
     parts.append(_facts(report))
     parts += _speed(report)
     parts += _positions(report)
+    parts += _windows(report)
     parts += _stages(report)
     parts += _texts(report)
     return (
@@ -148,6 +150,23 @@ def _positions(report: Report) -> list[str]:
         _heading(report, "Acceptance by position"),
         line_plot("acceptance by draft position", lines, lambda rate: f"{rate:.0%}"),
         f'<p class="note">{note}</p>',
+    ]
+
+
+def _windows(report: Report) -> list[str]:
+    longest = max(report["settings"]["lengths"])
+    names = [variant["name"] for variant in report["variants"]]
+    lines = [
+        Line(e["variant"], tuple(enumerate(e["by_window"], 1)), names.index(e["variant"]))
+        for e in report["summary"]
+        if e["suite"] == "all" and e["length"] == longest and len(e["by_window"]) > 1
+    ]
+    if not lines:
+        return []
+    return [
+        _heading(report, "Acceptance length over the text"),
+        line_plot("acceptance length over the text", lines, lambda tau: f"{tau:.3g}"),
+        f'<p class="note">tau in the first, second, ... {WINDOW} tokens of the texts.</p>',
     ]
 
 

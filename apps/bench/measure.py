@@ -8,6 +8,7 @@ but the runs is timed. Prefill is the time to the first token, decode the time f
 from __future__ import annotations
 
 import copy
+import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,20 @@ from draftloom.pipeline import Pipeline
 from .prompts import BenchPrompt
 from .subjects import Subject, Variant
 
-__all__ = ["EncodedPrompt", "Run", "Settings", "Text", "encode_prompts", "measure"]
+__all__ = [
+    "WINDOW",
+    "EncodedPrompt",
+    "Run",
+    "Settings",
+    "Text",
+    "check_room",
+    "encode_prompts",
+    "measure",
+]
+
+
+WINDOW = 512
+"""Tokens of a text that are taken together, to see whether acceptance decays over a long one."""
 
 
 @attrs.frozen(kw_only=True)
@@ -75,6 +89,7 @@ class Run:
         peak_bytes: most device memory held by MLX during the run, weights included.
         cycles, drafted, verified, accepted: counts; 0 for plain mlx-lm.
         verified_by_position, accepted_by_position: cycles, by draft position.
+        windows: (cycles, accepted) of the cycles that began in each `WINDOW` tokens of the text.
         fell_back: why the drafter was given up; empty while it works.
         same_tokens: whether they are those of plain mlx-lm in the same repeat; None where
             that says nothing (simulated) or there is no such run.
@@ -97,6 +112,7 @@ class Run:
     accepted: int = 0
     verified_by_position: tuple[int, ...] = ()
     accepted_by_position: tuple[int, ...] = ()
+    windows: tuple[tuple[int, int], ...] = ()
     fell_back: str = ""
     same_tokens: bool | None = None
 
@@ -126,15 +142,11 @@ class _Raw:
 
 
 def encode_prompts(subject: Subject, prompts: Sequence[BenchPrompt]) -> list[EncodedPrompt]:
-    """Prompts as token ids: through the chat template where there is one.
-
-    Raises:
-        UsageError: a prompt that leaves no room in the context.
-    """
+    """Prompts as token ids: through the chat template where there is one."""
     plain = next(v.builder for v in subject.variants if v.builder is not None)
     with plain.build() as pipeline:
-        chat = subject.tokenizer.has_chat_template
-        encoded = [
+        chat = subject.tokenizer is not None and subject.tokenizer.has_chat_template
+        return [
             EncodedPrompt(
                 prompt.suite,
                 pipeline.encode(
@@ -143,13 +155,22 @@ def encode_prompts(subject: Subject, prompts: Sequence[BenchPrompt]) -> list[Enc
             )
             for prompt in prompts
         ]
-    for number, entry in enumerate(encoded, 1):
-        if subject.context_limit is not None and len(entry.ids) + 2 > subject.context_limit:
-            raise UsageError(
-                f"prompt {number} ({entry.suite}) has {len(entry.ids)} tokens, "
-                f"the target's context holds {subject.context_limit}"
-            )
-    return encoded
+
+
+def check_room(subject: Subject, settings: Settings, prompts: Sequence[EncodedPrompt]) -> None:
+    """Refuse lengths that the target's context cannot hold.
+
+    Raises:
+        UsageError: a prompt and the longest text do not fit; names the longest prompt.
+    """
+    limit, wanted = subject.context_limit, max(*settings.lengths, settings.warm_up)
+    longest = max(prompts, key=lambda prompt: len(prompt.ids))
+    if limit is not None and len(longest.ids) + wanted > limit:
+        raise UsageError(
+            f"a prompt of {len(longest.ids)} tokens ({longest.suite}) and {wanted} new ones do not "
+            f"fit: the target's context holds {limit}",
+            "give shorter --lengths",
+        )
 
 
 def measure(
@@ -177,13 +198,14 @@ def measure(
         turn = repeat % len(subject.variants)
         for variant in (*subject.variants[turn:], *subject.variants[:turn]):
             progress(f"{variant.name}, repeat {repeat + 1} of {settings.repeats}")
+            gc.collect()  # the drafter of the variant before is gone, and its memory with it
+            mx.clear_cache()
             time.sleep(settings.cool_down)
             with _opened(subject, variant, settings) as run_one:
                 run_one(prompts[0].ids, settings.warm_up)
                 for length in settings.lengths:
                     for index, prompt in enumerate(prompts):
-                        room = _room(subject, prompt, length)
-                        raw = run_one(prompt.ids, room)
+                        raw = run_one(prompt.ids, length)
                         place = (variant.name, prompt.suite, index, length, repeat, len(runs))
                         runs.append(_run(place, prompt, raw))
                         outputs.append(raw.tokens)
@@ -201,11 +223,6 @@ def measure(
             for run, tokens in zip(runs, outputs, strict=True)
         ]
     return runs, texts
-
-
-def _room(subject: Subject, prompt: EncodedPrompt, length: int) -> int:
-    limit = subject.context_limit
-    return length if limit is None else min(length, limit - len(prompt.ids))
 
 
 _RunOne = Callable[[Sequence[int], int], _Raw]
@@ -272,8 +289,22 @@ def _run(place: tuple[str, str, int, int, int, int], prompt: EncodedPrompt, raw:
         accepted=stats.accepted,
         verified_by_position=tuple(stats.verified_by_position),
         accepted_by_position=tuple(stats.accepted_by_position),
+        windows=_windows(raw.events),
         fell_back=stats.fell_back,
     )
+
+
+def _windows(events: Sequence[CycleEvent]) -> tuple[tuple[int, int], ...]:
+    windows: list[tuple[int, int]] = []
+    written = 0
+    for event in events:
+        if event.index:
+            if len(windows) <= written // WINDOW:
+                windows.append((0, 0))
+            cycles, accepted = windows[-1]
+            windows[-1] = (cycles + 1, accepted + event.accepted)
+        written += len(event.token_ids)
+    return tuple(windows)
 
 
 def _text(subject: Subject, variant: str, raw: _Raw) -> Text:

@@ -169,6 +169,7 @@ def _entry(report: Report, name: str, suite: str, length: int, runs: list[Report
         "tau": tau,
         "acceptance_rate": accepted / verified if verified else None,
         "by_position": _by_position(own),
+        "by_window": _by_window(own),
         "efficiency": None if not limit else speed.median / limit,
         "limit": limit,
         "same": None if not known else sum(known),
@@ -198,6 +199,17 @@ def _by_position(runs: Sequence[Report]) -> list[float]:
             counts[position][0] += accepted
             counts[position][1] += verified
     return [accepted / verified if verified else 0.0 for accepted, verified in counts]
+
+
+def _by_window(runs: Sequence[Report]) -> list[float]:
+    """tau of the cycles that began in the first, second, ... `WINDOW` tokens of the texts."""
+    longest = max((len(run["windows"]) for run in runs), default=0)
+    counts = [[0, 0] for _ in range(longest)]
+    for run in runs:
+        for place, (cycles, accepted) in enumerate(run["windows"]):
+            counts[place][0] += cycles
+            counts[place][1] += accepted
+    return [1 + accepted / cycles for cycles, accepted in counts if cycles]
 
 
 def _limit(report: Report, name: str, length: int) -> float | None:

@@ -203,10 +203,8 @@ def time_stages(
     total: dict[str, float] = dict.fromkeys(STAGES, 0.0)
     cycles = accepted = 0
     for prompt in prompts:
-        limit = pipeline.target.context_limit
-        room = length if limit is None else min(length, limit - len(prompt.ids))
         stream = wrapped.stream(
-            prompt.ids, max_tokens=room, ignore_eos=not stop_at_eos, temperature=0.0
+            prompt.ids, max_tokens=length, ignore_eos=not stop_at_eos, temperature=0.0
         )
         begin = time.perf_counter()
         for chunk in stream:

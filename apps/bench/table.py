@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .stages import STAGES
@@ -28,7 +29,7 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         for index, header in enumerate(headers):
             table.add_column(header, justify="left" if index < 1 else "right", no_wrap=True)
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(escape, row))
         console.print(table)
 
 

@@ -249,9 +249,6 @@ def _simulated(
     widths = [(name or "dflash", width) for name, width in chosen.width_choices()]
     with busy("making random weights"):
         subject = simulated_subject(simulation, dtype or "auto", widths)
-    room = subject.context_limit
-    if room is not None and prompt_tokens + 2 > room:
-        raise UsageError(f"--prompt-tokens {prompt_tokens}: the context holds {room}")
     return subject, random_prompts(simulation, subject.vocab_size, count)
 
 
@@ -278,9 +275,11 @@ def _run(
     files: tuple[Path | None, Path | None],
 ) -> None:
     from draftloom.apps.bench.html import render_html
+    from draftloom.apps.bench.measure import check_room
     from draftloom.apps.bench.report import run_bench
     from draftloom.apps.bench.table import print_report
 
+    check_room(subject, settings, prompts)
     report = run_bench(subject, settings, prompts, stages=stages, progress=_progress)
     print_report(report, Console(highlight=False))
     json_file, html_file = files

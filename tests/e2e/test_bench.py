@@ -114,6 +114,12 @@ def test_bad_input_is_one_line(
     assert message in done.err
 
 
+def test_a_length_that_does_not_fit(cli: Callable[..., Any], tiny: Path) -> None:
+    done = cli("bench", "--target", tiny, "--drafter", "prompt-lookup", "--lengths", 5000)
+    assert (done.code, done.out) == (2, "")
+    assert "the target's context holds 256" in done.err
+
+
 def test_generate_takes_a_width(cli: Callable[..., Any], tiny: Path) -> None:
     common = ("generate", "def f", "--target", tiny, "--drafter", "prompt-lookup", "--json")
     for width, name in [("2", "fixed 2"), ("adaptive", "adaptive")]:

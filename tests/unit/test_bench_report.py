@@ -25,7 +25,7 @@ def run(variant: str, repeat: int, seconds: float, **more: Any) -> dict[str, Any
         "variant": variant, "suite": "code", "prompt": 0, "length": 11, "repeat": repeat,
         "order": 0, "prompt_tokens": 8, "tokens": 11, "prefill_seconds": 0.5,
         "decode_seconds": seconds, "peak_bytes": 2**30, "verified_by_position": [],
-        "accepted_by_position": [], "fell_back": "", "same_tokens": None,
+        "accepted_by_position": [], "windows": [], "fell_back": "", "same_tokens": None,
     }  # fmt: skip
     return {**base, **counts, **more}
 
@@ -149,6 +149,18 @@ def test_page_has_every_plot_with_its_marks() -> None:
     assert numbers == []
 
 
+def test_long_texts_have_a_plot_of_their_acceptance_length() -> None:
+    made = report()
+    for r in made["runs"][3:]:
+        r["windows"] = [[2, 4], [2, 2]]
+    made["summary"] = summarize(made)
+    assert entry(made, "dflash")["by_window"] == [3.0, 2.0]
+    _, _, windows, _ = plots(render_html(made))
+    high, low = (float(mark.get("cy", "0")) for mark in marks(windows))
+    assert high < low  # SVG counts from the top
+    assert windows.get("aria-label") == "acceptance length over the text"
+
+
 def test_page_is_sound_and_loads_nothing() -> None:
     page = Page()
     html = render_html(report())
@@ -193,6 +205,13 @@ def test_plain_table() -> None:
         line.split() == ["dflash", "25.00", "100.00", "0.00", "25.00", "25.00", "4"]
         for line in lines
     )
+
+
+def test_table_on_a_terminal_takes_names_as_they_are() -> None:
+    made = json.loads(json.dumps(report()).replace("dflash", "[red]dflash"))
+    stream = StringIO()
+    print_report(made, Console(file=stream, force_terminal=True, width=200, highlight=False))
+    assert re.search(r"\[red\]dflash +20\.0", stream.getvalue())
 
 
 def test_every_simulated_line_says_so() -> None:

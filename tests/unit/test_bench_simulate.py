@@ -7,8 +7,8 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from draftloom import Draft, ModelInfo, PipelineBuilder, SamplingParams, SamplingState
-from draftloom.apps.bench.measure import EncodedPrompt, Settings, measure
+from draftloom import CycleEvent, Draft, ModelInfo, PipelineBuilder, SamplingParams, SamplingState
+from draftloom.apps.bench.measure import EncodedPrompt, Settings, _windows, measure
 from draftloom.apps.bench.simulate import (
     SimulatedAcceptance,
     Simulation,
@@ -117,11 +117,23 @@ def test_every_variant_runs_in_turns_and_writes_the_whole_length(subject: Subjec
     assert all(run.same_tokens is None for run in runs)
     assert all(run.verified == sum(run.verified_by_position) for run in runs)
     assert any(run.accepted for run in runs)
+    assert all(sum(c for c, _ in run.windows) == run.cycles for run in runs)
+    assert all(sum(a for _, a in run.windows) == run.accepted for run in runs)
     assert [text.variant for text in texts] == names[1:]
     assert all(len(text.pieces) == 4 for text in texts)
     origins = {origin for text in texts for _, origin, _ in text.pieces}
     assert origins <= {"first", "plain", "drafted", "corrected", "bonus"}
     assert all(text.pieces[0][1] == "first" for text in texts)
+
+
+def test_windows_follow_the_text() -> None:
+    events = [
+        CycleEvent(0, (1,), 0, 0, 0, "", 0.0),
+        CycleEvent(1, (1,) * 511, 510, 510, 510, "x", 0.0),
+        CycleEvent(2, (1,) * 2, 4, 4, 1, "x", 0.0),
+        CycleEvent(3, (1,), 4, 4, 0, "x", 0.0),
+    ]
+    assert _windows(events) == ((1, 510), (2, 1))
 
 
 def test_unknown_shape_type_and_rate() -> None:
