@@ -266,6 +266,9 @@ class Screen:
 
     def show(self, record: dict[str, Any]) -> None:
         """Show a record of the log."""
+        if record["kind"] == "features":
+            self._console.print(f"features of {record['done']} of {record['total']} sequences")
+            return
         if record["kind"] == "held-out":
             self._tau = f"held-out tau {record['tau']:.2f}"
             line = f"{self._tau} over {record['cycles']} cycles"

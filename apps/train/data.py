@@ -229,7 +229,7 @@ class _Reader:
         response = record.get("response", record.get("completion"))
         if response is None:
             raise UsageError(
-                f'{source}: a prompt without a "response"', "let the target write the responses"
+                f'{source}: a prompt without a "response"', "let the target answer it first"
             )
         prompt = self._encode(record["prompt"], source)
         answer = self._encode(response, source, special=False)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,12 +90,18 @@ class FeatureCache:
         """Bytes of all features."""
         return sum(self._lengths) * int(self._key["width"]) * int(self._key["itemsize"])
 
-    def build(self, source: OnlineFeatures, budget: int | None) -> None:
+    def build(
+        self,
+        source: OnlineFeatures,
+        budget: int | None,
+        on_done: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
         """Write what is not there yet. Whole shards that an earlier call wrote are kept.
 
         Args:
             source: computes the features.
             budget: bytes at most; None is what the disk has.
+            on_done: told (sequences written, sequences) after every shard.
 
         Raises:
             FeatureError: over the budget or the free space (before anything is written), a
@@ -108,6 +114,7 @@ class FeatureCache:
             self._folder.mkdir(parents=True, exist_ok=True)
             for numbers in self._plan(done):
                 self._write_shard(numbers, source)
+                on_done(numbers[-1] + 1, len(self._lengths))
         except (OSError, RuntimeError) as error:
             free = _free(self._folder)
             raise FeatureError(

@@ -12,10 +12,10 @@ from typing import Any
 import attrs
 import mlx.core as mx
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_map
 
 from draftloom.drafters.dflash.model import DFlashModel
-from draftloom.errors import DraftloomError, ModelError, UsageError
+from draftloom.errors import DraftloomError, UsageError
 from draftloom.plugins import PluginManager
 
 from .batches import Batches, Features
@@ -28,6 +28,7 @@ from .features import FeatureCache, FeatureError, OnlineFeatures
 from .settings import TrainSettings
 from .step import DrafterLoss
 from .target import FrozenTarget
+from .weights import in_order, initial_parameters, read_parameters
 
 __all__ = ["TrainRequest", "Trainer"]
 
@@ -67,7 +68,7 @@ class Trainer:
     Args:
         request: what is asked for.
         plugins: for the target and for measuring.
-        on_record: told every record of the log, as it is written.
+        on_record: told every record of the log, as it is written, and of features being kept.
 
     Raises:
         UsageError: settings, data or folders that cannot be used.
@@ -127,6 +128,7 @@ class Trainer:
         target.tap(self.config.tap_layers)
         self.model = DFlashModel(self.config)
         self._loss = DrafterLoss(self.model, self.config, target, settings)
+        begin = self._initial()
         # Before the folder is made: a cache that does not fit must leave nothing behind.
         features = self._features(fingerprint)
         self._batches = Batches(
@@ -138,8 +140,10 @@ class Trainer:
             weight_decay=settings.weight_decay,
             bias_correction=True,
         )
-        self.state = self.folder.begin(request.resume) or self._fresh()
-        self.state.parameters = _in_order(self.state.parameters)
+        self.state = self.folder.begin(request.resume) or TrainState(
+            step=0, parameters=begin, optimizer=self.optimizer.state
+        )
+        self.state.parameters = in_order(self.state.parameters)
         self.optimizer.state = self.state.optimizer
         self.optimizer.init(self.state.parameters)
 
@@ -164,15 +168,17 @@ class Trainer:
             "itemsize": sample.dtype.size,
         }
         cache = FeatureCache(self.request.cache, key, [len(s.tokens) for s in self.sequences])
-        cache.build(online, self.request.cache_bytes)
+        cache.build(online, self.request.cache_bytes, self._tell_features)
         return cache
 
-    def _fresh(self) -> TrainState:
+    def _tell_features(self, done: int, total: int) -> None:
+        """Said, not logged: there may be no folder yet."""
+        self._on_record({"kind": "features", "done": done, "total": total})
+
+    def _initial(self) -> Any:
         if self.request.init is None:
-            parameters = initial_parameters(self.model, self.settings.seed)
-        else:
-            parameters = _read_weights(self.model, self.request.init)
-        return TrainState(step=0, parameters=parameters, optimizer=self.optimizer.state)
+            return initial_parameters(self.model, self.settings.seed)
+        return read_parameters(self.model, self.request.init)
 
     def run(self, stopped: Callable[[], bool] = lambda: False) -> bool:
         """Train to the end, or until `stopped` says so after a step; what there is, is saved.
@@ -286,48 +292,3 @@ class Trainer:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _in_order(parameters: Any) -> Any:
-    """The same tree with its names in order: sums over all of it then round the same way, whether
-    it was made here or read from a file."""
-    flat: Any = tree_flatten(parameters)
-    return tree_unflatten(sorted(flat, key=lambda item: item[0]))
-
-
-def initial_parameters(model: DFlashModel, seed: int) -> Any:
-    """Weights of a new drafter, float32: norms are 1, matrices normal with deviation
-    1 / sqrt(3 inputs). From a key of their own: no global random state is read."""
-    flat: Any = tree_flatten(model.parameters())
-    keys = mx.random.split(mx.random.key(seed), len(flat))
-    weights = []
-    for (name, value), key in zip(flat, keys, strict=True):
-        if value.ndim == 1:
-            fresh = mx.ones(value.shape, dtype=mx.float32)
-        else:
-            fresh = mx.random.normal(value.shape, key=key) / math.sqrt(3 * value.shape[-1])
-        weights.append((name, fresh))
-    mx.eval([w for _, w in weights])
-    return tree_unflatten(weights)
-
-
-def _read_weights(model: DFlashModel, checkpoint: Path) -> Any:
-    """float32 weights of a drafter's checkpoint.
-
-    Raises:
-        ModelError: files missing or corrupt, or tensors that do not fit the config.
-    """
-    weights: dict[str, mx.array] = {}
-    try:
-        for file in sorted(checkpoint.glob("model*.safetensors")):
-            arrays = mx.load(str(file))
-            assert isinstance(arrays, dict)
-            weights.update(arrays)
-        model.load_weights([(name, w.astype(mx.float32)) for name, w in weights.items()])
-        mx.eval(model.parameters())
-    except (RuntimeError, ValueError) as error:
-        raise ModelError(
-            f"the weights in {checkpoint} cannot be loaded: {' '.join(str(error).split())[:300]}",
-            "start from a whole checkpoint that is not quantized",
-        ) from error
-    return model.parameters()
