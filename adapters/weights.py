@@ -18,7 +18,7 @@ from draftloom.contracts import LoadedModel
 from draftloom.errors import ModelError
 from draftloom.model_info import ModelInfo
 
-from .hub import Hub, check_config
+from .hub import Hub, again, check_config
 
 __all__ = ["SMALL_MODEL", "check_weight_files", "compute_dtype", "load"]
 
@@ -73,7 +73,7 @@ def check_weight_files(path: Path) -> None:
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise ModelError(f"{index} cannot be read: {error}", "download it again") from error
+            raise ModelError(f"{index} cannot be read: {error}", again(index)) from error
         missing = sorted(name for name in names if not (path / name).is_file())
         if missing:
             raise ModelError(
@@ -99,9 +99,7 @@ def _check_safetensors(file: Path) -> None:
         if expected != size:
             raise ValueError(f"it has {size} bytes, its header says {expected}")
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise ModelError(
-            f"{file} is not a whole safetensors file: {error}", "download it again"
-        ) from error
+        raise ModelError(f"{file} is not a whole safetensors file: {error}", again(file)) from error
 
 
 def compute_dtype(dtype: str, parameters: int) -> mx.Dtype | None:

@@ -2,7 +2,16 @@
 
 from .cached import Stored, cached, cached_names, stored
 from .client import Hub
-from .files import check_config
+from .files import again, check_config
 from .repository import Repository
 
-__all__ = ["Hub", "Repository", "Stored", "cached", "cached_names", "check_config", "stored"]
+__all__ = [
+    "Hub",
+    "Repository",
+    "Stored",
+    "again",
+    "cached",
+    "cached_names",
+    "check_config",
+    "stored",
+]

@@ -12,10 +12,13 @@ from mlx_lm.utils import _get_classes
 
 from draftloom.errors import ModelError
 
+from .repository import Repository
+
 __all__ = [
     "INDEX",
     "SMALL",
     "WEIGHTS",
+    "again",
     "check_config",
     "check_listing",
     "is_whole_model",
@@ -54,6 +57,14 @@ def matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
     return sorted(name for name in top if any(fnmatchcase(name, p) for p in patterns))
 
 
+def again(file: Path) -> str:
+    """The hint for a spoilt file. In the hub's cache a name leads to a content that is fetched
+    once: it is fetched anew only when that is gone."""
+    if Repository.of_snapshot(file.parent) is None:
+        return "download it again"
+    return f"delete {file.resolve()} and run it again"
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object.
 
@@ -63,9 +74,9 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{file} cannot be read: {error}", "download it again") from error
+        raise ModelError(f"{file} cannot be read: {error}", again(file)) from error
     if not isinstance(data, dict):
-        raise ModelError(f"{file} is not a JSON object", "download it again")
+        raise ModelError(f"{file} is not a JSON object", again(file))
     return data
 
 

@@ -11,6 +11,7 @@ import pytest
 from draftloom import PipelineBuilder
 from draftloom.adapters.bundled import default_pair
 from draftloom.adapters.hub import Hub, Repository
+from draftloom.adapters.weights import check_weight_files
 from draftloom.errors import ModelError
 from draftloom.model_info import ModelInfo
 
@@ -162,6 +163,26 @@ def test_a_download_given_up_is_not_taken_for_whole(
     repo.file_status = 0
     hub.complete(folder)
     offline(hub).complete(folder)
+
+
+def test_a_spoilt_file_is_fetched_anew_once_it_is_gone(
+    hub: Hub, server: HubServer, tiny: Path
+) -> None:
+    server.add("lab/tiny", folder_files(tiny))
+    folder = hub.locate(NAME)
+    hub.complete(folder)
+    blob = (folder / "model.safetensors").resolve()
+    blob.write_bytes(blob.read_bytes()[:1000])
+    with pytest.raises(ModelError) as error:
+        check_weight_files(folder)
+    message, hint = refused(error)
+    assert str(folder / "model.safetensors") in message
+    assert hint == f"delete {blob} and run it again"
+    blob.unlink()
+    with pytest.raises(ModelError):
+        offline(hub).complete(folder)
+    hub.complete(folder)
+    check_weight_files(folder)
 
 
 def test_the_disk_is_asked_first(
