@@ -7,8 +7,7 @@ its own `trim` is wrong once it has wrapped. Here:
 - A block of two or more goes through a stand-in, which puts the window in temporal order and
   appends to it. What is kept besides the window are the rows of the block and one row before the
   window, in the cache's own buffer; going back is a slice of it.
-- A block of one is written in place by the cache itself; what is kept is the row that it
-  overwrites, as a copy.
+- A block of one is written in place by the cache itself; nothing is kept.
 """
 
 from __future__ import annotations
@@ -53,39 +52,26 @@ def _commit_count(num_accepted: Sequence[int]) -> int:
 
 
 class _InPlace:
-    """One token: the ring is written as plain decoding writes it."""
+    """One token: the ring is written as plain decoding writes it.
+
+    Of a full ring that overwrites the oldest row. No later token may see that row, since the token
+    that comes next takes its place in the window: going back over one token needs no copy of it.
+    """
 
     reforwards = False
 
     def __init__(self, cache: RotatingKVCache) -> None:
         self.entry = cache
         self._base = cache.offset
-        self._slot = cache.keep
-        self._row: list[mx.array] = []
-        if cache.offset < cache.max_size or cache.keys is None:
-            return
-        rows = cache.keys.shape[2]
-        at = cache.keep + rows - cache.max_size  # the oldest, in temporal order
-        if rows == cache.max_size and cache._idx != rows:
-            at = self._slot = cache._idx
-        # A sum is a copy: a slice would hold the buffer, and the write in place would copy it.
-        self._row = [v[..., at : at + 1, :] + 0 for v in (cache.keys, cache.values)]
-        mx.async_eval(self._row)
 
     def commit(self, num_accepted: Sequence[int]) -> None:
         if _commit_count(num_accepted) or self.entry.offset != self._base + 1:
             raise ValueError(f"the cache ends at {self.entry.offset}, not {self._base + 1}")
 
     def abort(self) -> None:
-        cache = self.entry
-        if cache.offset == self._base:
-            return
-        cache.offset = self._base
-        cache._idx = self._slot if self._row else self._base
-        if self._row:
-            at = self._slot
-            cache.keys[..., at : at + 1, :] = self._row[0]
-            cache.values[..., at : at + 1, :] = self._row[1]
+        written = self.entry.offset - self._base
+        self.entry.offset -= written
+        self.entry._idx -= written
 
 
 class _Appended:
