@@ -70,7 +70,8 @@ def _unpack(arrays: dict[str, mx.array], settings: dict[str, Any]) -> dict[str, 
         if f"{stem}.scales" not in arrays:
             plain[name] = value
         elif kind == "weight":
-            own = settings.get(stem) if isinstance(settings.get(stem), dict) else settings
+            layer = settings.get(stem)
+            own: dict[str, Any] = layer if isinstance(layer, dict) else settings
             plain[name] = mx.dequantize(
                 value,
                 arrays[f"{stem}.scales"],

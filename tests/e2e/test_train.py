@@ -36,6 +36,12 @@ def held_out(out: Path) -> list[dict[str, Any]]:
     return [r for r in map(json.loads, lines) if r["kind"] == "held-out"]
 
 
+def losses(out: Path) -> list[tuple[int, float, float]]:
+    lines = (out / "training" / "log.jsonl").read_text().splitlines()
+    steps = [r for r in map(json.loads, lines) if r["kind"] == "step"]
+    return [(r["step"], r["loss"], r["gradient_norm"]) for r in steps]
+
+
 @pytest.mark.slow
 def test_acceptance_rises_and_generate_takes_the_drafter(
     process: Callable[..., Any], toy: Path, tmp_path: Path
@@ -83,6 +89,32 @@ def test_ctrl_c_saves_and_says_how_to_go_on(program: str, toy: Path, tmp_path: P
     assert "--resume goes on" in err
     assert "Traceback" not in err
     assert (out / "training" / "state.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="no SIGKILL")
+def test_killed_process_resumes_to_the_same_losses(
+    process: Callable[..., Any], program: str, toy: Path, tmp_path: Path
+) -> None:
+    given = ["--steps", 24, "--save-every", 4, "--log-every", 1, "--eval-every", 0]
+    assert process(*options(toy, tmp_path / "whole"), *given).code == 0
+    out = tmp_path / "killed"
+    command = [program, *map(str, [*options(toy, out), *given])]
+    running = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    try:
+        log, begin = out / "training" / "log.jsonl", time.monotonic()
+        while not (log.exists() and '"step": 10,' in log.read_text()):
+            assert running.poll() is None
+            assert time.monotonic() - begin < 120
+            time.sleep(0.01)
+    finally:
+        running.kill()
+        running.wait()
+    assert len(losses(out)) < 24
+    done = process(*options(toy, out), *given, "--resume")
+    assert done.code == 0, done.err
+    assert losses(out) == losses(tmp_path / "whole")
+    assert held_out(out) == held_out(tmp_path / "whole")
 
 
 def test_mistakes_are_one_line(cli: Callable[..., Any], toy: Path, tmp_path: Path) -> None:
