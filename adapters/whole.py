@@ -19,6 +19,9 @@ from .taps import LayerTaps, TapLayer
 
 __all__ = ["WholeModelAdapter", "describe_whole"]
 
+LIMITS = ("max_position_embeddings", "n_positions", "model_max_length", "max_seq_len")
+"""Names that configs have for the most positions a model was made for."""
+
 
 class _TapFirst(TapLayer):
     """A tap of a layer that may return more than its hidden states."""
@@ -73,18 +76,21 @@ def describe_whole(model: ModelInfo, adapter: str, check: Callable[..., str]) ->
         vocab_size=vocab_size,
         num_layers=len(skeleton.layers),
         cache_kinds=tuple(cache_kind(cache) for cache in make_prompt_cache(skeleton)),
-        context_limit=getattr(args, "max_position_embeddings", None),
+        context_limit=_first_int(args, *LIMITS),
         can_tap=not reason,
     )
 
 
 def _hidden_size(args: Any, parts: Parts | None) -> int:
-    for name in ("hidden_size", "n_embd", "d_model", "dim"):
-        if isinstance(getattr(args, name, None), int):
-            return int(getattr(args, name))
-    if parts is None:
-        return 0
+    known = _first_int(args, "hidden_size", "n_embd", "d_model", "dim")
+    if known is not None or parts is None:
+        return known or 0
     return int(parts.embed(mx.zeros((1, 1), dtype=mx.int32)).shape[-1])
+
+
+def _first_int(args: Any, *names: str) -> int | None:
+    found = (getattr(args, name, None) for name in names)
+    return next((value for value in found if isinstance(value, int)), None)
 
 
 class WholeModelAdapter:

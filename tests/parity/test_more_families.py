@@ -108,6 +108,14 @@ def test_description_tells_the_model(name: str) -> None:
     assert len(described.cache_kinds) == len(make_prompt_cache(model))
 
 
+@pytest.mark.parametrize(
+    ("name", "limit"), [("gpt2", 128), ("kimi_linear", 512), ("mistral3", 512), ("cohere", None)]
+)
+def test_the_context_limit_has_many_names(name: str, limit: int | None) -> None:
+    with adapted((MORE | GENERIC)[name]) as target:
+        assert target.info.context_limit == limit
+
+
 @pytest.mark.parametrize("name", ["gemma4", "granite", "gpt_oss", "mamba2"])
 def test_close_puts_the_same_layers_back(name: str) -> None:
     model = new_model((MORE | GENERIC)[name])
