@@ -62,6 +62,7 @@ def test_a_target_by_name_then_offline(
     assert "the hub answers 500" in warning
 
 
+@pytest.mark.slow
 def test_a_pair_of_the_users_file(process: Process, server: HubServer, home: Path) -> None:
     pair = default_pair()
     server.add("lab/py-q4", folder_files(pair.target))
@@ -97,6 +98,7 @@ def test_a_pair_of_the_users_file(process: Process, server: HubServer, home: Pat
     assert server.asked == [], "models asks no hub"
 
 
+@pytest.mark.slow
 def test_a_killed_download(
     process: Process, program: str, server: HubServer, home: Path, tiny: Path
 ) -> None:
