@@ -56,7 +56,7 @@ def check_goes_on(pipeline: Pipeline, engine: Engine, trace: Trace, count: int) 
 @pytest.mark.parametrize("verifier", cases.VERIFIERS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_end_of_sequence_cuts_inside_a_block(family: str, verifier: str, folder: Path) -> None:
-    @examples(12)
+    @examples(6, family, verifier)
     @given(st.sampled_from(cases.rollbacks_for(family)), st.integers(0, 17))
     def check(rollback: str, at: int) -> None:
         this = case(family, rollback, verifier)
@@ -80,7 +80,7 @@ def test_end_of_sequence_cuts_inside_a_block(family: str, verifier: str, folder:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_max_tokens_cuts_inside_a_block(family: str, folder: Path) -> None:
-    @examples(12)
+    @examples(6, family)
     @given(
         st.sampled_from(cases.rollbacks_for(family)),
         st.sampled_from(["right", "mixed", "half"]),

@@ -79,7 +79,7 @@ def test_an_autoregressive_draft_is_the_models_own_text(
         "hybrid": models.new(models.FAMILIES["qwen3_5-v2"], 7),
     }.get(detail) or cases.disturbed(family, 0.1)
 
-    @examples(5)
+    @examples(3, family, detail)
     @given(
         st.integers(2, 7),
         st.lists(st.integers(0, models.VOCAB - 1), min_size=1, max_size=6).map(tuple),

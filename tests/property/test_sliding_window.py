@@ -94,7 +94,7 @@ def test_the_strategies_are_found() -> None:
 def test_text_equals_plain_mlx_lm(verifier: str, strategy: str) -> None:
     model = models.new(SLIDING)
 
-    @examples(12)
+    @examples(12, verifier, strategy)
     @given(
         st.sampled_from(["right", "wrong", "half", "mixed"]),
         st.integers(1, 16),

@@ -151,7 +151,7 @@ def walk(family: str, strategy: str, verifier: str, prefilled: int, blocks: Sequ
 def test_commit_is_absolute_and_abort_restores(family: str) -> None:
     tried = 0
 
-    @examples(9)
+    @examples(5, family)
     @given(
         st.sampled_from(cases.rollbacks_for(family)),
         st.sampled_from(list(VERIFIERS)),
@@ -163,7 +163,7 @@ def test_commit_is_absolute_and_abort_restores(family: str) -> None:
         tried += walk(family, strategy, verifier, prefilled, blocks)
 
     check()
-    assert tried >= 9
+    assert tried >= 5
 
 
 # --- more than one row -----------------------------------------------------------------------
@@ -171,7 +171,7 @@ def test_commit_is_absolute_and_abort_restores(family: str) -> None:
 
 @pytest.mark.parametrize("family", HYBRIDS)
 def test_tape_replay_keeps_a_count_of_its_own_for_every_row(family: str) -> None:
-    @examples(10)
+    @examples(6, family)
     @given(st.data())
     def check(data: st.DataObject) -> None:
         rows = data.draw(st.integers(2, 3))
