@@ -98,7 +98,7 @@ def test_an_autoregressive_draft_is_the_models_own_text(
 
     check()
     if detail == "near":
-        assert len(counts) > 2, "drafts were always right, or always wrong"
+        assert len(counts) > 1, "drafts were always right, or always wrong"
 
 
 class SnapshotsForAll:
