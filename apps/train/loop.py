@@ -14,8 +14,11 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_map
 
+from draftloom.drafters.dflash.config import DFlashConfig
 from draftloom.drafters.dflash.model import DFlashModel
+from draftloom.drafters.dflash.weights import load_weights
 from draftloom.errors import DraftloomError, UsageError
+from draftloom.model_info import ModelInfo
 from draftloom.plugins import PluginManager
 
 from .batches import Batches, Features
@@ -28,7 +31,7 @@ from .features import FeatureCache, FeatureError, OnlineFeatures
 from .settings import TrainSettings
 from .step import DrafterLoss
 from .target import FrozenTarget
-from .weights import in_order, initial_parameters, read_parameters
+from .weights import in_order, initial_parameters
 
 __all__ = ["TrainRequest", "Trainer"]
 
@@ -178,7 +181,8 @@ class Trainer:
     def _initial(self) -> Any:
         if self.request.init is None:
             return initial_parameters(self.model, self.settings.seed)
-        return read_parameters(self.model, self.request.init)
+        own = DFlashConfig.from_model(ModelInfo.from_path(self.request.init))
+        return load_weights(self.request.init, own, mx.float32).parameters()
 
     def run(self, stopped: Callable[[], bool] = lambda: False) -> bool:
         """Train to the end, or until `stopped` says so after a step; what there is, is saved.

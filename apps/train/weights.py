@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
 from draftloom.drafters.dflash.model import DFlashModel
-from draftloom.errors import ModelError
 
-__all__ = ["in_order", "initial_parameters", "read_parameters"]
+__all__ = ["in_order", "initial_parameters"]
 
 
 def in_order(parameters: Any) -> Any:
@@ -37,47 +34,3 @@ def initial_parameters(model: DFlashModel, seed: int) -> Any:
         weights.append((name, fresh))
     mx.eval([w for _, w in weights])
     return tree_unflatten(weights)
-
-
-def read_parameters(model: DFlashModel, checkpoint: Path) -> Any:
-    """float32 weights of a drafter's checkpoint; packed ones are unpacked.
-
-    Raises:
-        ModelError: files missing or corrupt, or tensors that do not fit the config.
-    """
-    try:
-        arrays: dict[str, mx.array] = {}
-        for file in sorted(checkpoint.glob("model*.safetensors")):
-            loaded: Any = mx.load(str(file))
-            arrays.update(loaded)
-        config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-        plain = _unpack(arrays, config.get("quantization") or {})
-        model.load_weights([(name, w.astype(mx.float32)) for name, w in plain.items()])
-        mx.eval(model.parameters())
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
-        raise ModelError(
-            f"the weights in {checkpoint} cannot be loaded: {' '.join(str(error).split())[:300]}",
-            "is the download complete, and do config and weights belong together?",
-        ) from error
-    return model.parameters()
-
-
-def _unpack(arrays: dict[str, mx.array], settings: dict[str, Any]) -> dict[str, mx.array]:
-    """Plain tensors. `settings` are mlx-lm's, which may name single layers."""
-    plain = {}
-    for name, value in arrays.items():
-        stem, _, kind = name.rpartition(".")
-        if f"{stem}.scales" not in arrays:
-            plain[name] = value
-        elif kind == "weight":
-            layer = settings.get(stem)
-            own: dict[str, Any] = layer if isinstance(layer, dict) else settings
-            plain[name] = mx.dequantize(
-                value,
-                arrays[f"{stem}.scales"],
-                arrays.get(f"{stem}.biases"),
-                group_size=own.get("group_size", settings["group_size"]),
-                bits=own["bits"],
-                mode=own.get("mode", settings.get("mode", "affine")),
-            )
-    return plain

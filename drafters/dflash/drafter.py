@@ -7,8 +7,6 @@ from pathlib import Path
 
 import attrs
 import mlx.core as mx
-import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from draftloom.contracts import (
     BindContext,
@@ -26,6 +24,7 @@ from draftloom.sampling import SamplingState
 
 from .config import DFlashConfig
 from .model import DFlashModel
+from .weights import load_weights
 
 __all__ = ["DFlashDrafter"]
 
@@ -77,7 +76,7 @@ class DFlashDrafter:
         """
         self._target = context.target
         dtype = context.target.embed(mx.array([[0]])).dtype
-        self._model = _load(self._path, self.config, dtype)
+        self._model = load_weights(self._path, self.config, dtype)
 
     def open(self, request: DraftRequest) -> DFlashSession:
         """Begin a generation.
@@ -148,59 +147,3 @@ class DFlashSession:
         top = mx.take_along_axis(logits, tokens[..., None], axis=-1)
         healthy = mx.isfinite(hidden).all(axis=(1, 2)) & mx.isfinite(top).all(axis=(1, 2))
         return Draft.deterministic(tokens, healthy, source="dflash")
-
-
-def _load(path: Path, config: DFlashConfig, dtype: mx.Dtype) -> DFlashModel:
-    model = DFlashModel(config)
-    files = sorted(path.glob("model*.safetensors"))
-    if not files:
-        raise ModelError(f"{path} has no model.safetensors", "is the download complete?")
-    weights: dict[str, mx.array] = {}
-    try:
-        for file in files:
-            weights.update(mx.load(str(file)))  # type: ignore[arg-type]
-        weights = _dequantize(weights, config, dtype)
-        model.load_weights(list(weights.items()))
-        mx.eval(model.parameters())
-    except (RuntimeError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(
-            f"the drafter's weights in {path} cannot be loaded: {reason}",
-            "is the download complete, and do config and weights belong together?",
-        ) from error
-    _check_finite(model, path)
-    return model
-
-
-def _dequantize(
-    weights: dict[str, mx.array], config: DFlashConfig, dtype: mx.Dtype
-) -> dict[str, mx.array]:
-    """Plain weights in the compute type; packed ones are unpacked (drafters are small)."""
-    plain: dict[str, mx.array] = {}
-    for name, value in weights.items():
-        stem = name.removesuffix(".weight")
-        if name.endswith((".scales", ".biases")) and f"{name.rpartition('.')[0]}.weight" in weights:
-            continue
-        if f"{stem}.scales" in weights and config.quantization is not None:
-            value = mx.dequantize(
-                value,
-                weights[f"{stem}.scales"],
-                weights.get(f"{stem}.biases"),
-                group_size=config.quantization["group_size"],
-                bits=_bits(stem, config),
-                mode=config.quantization.get("mode", "affine"),
-            )
-        plain[name] = value.astype(dtype)
-    return plain
-
-
-def _bits(stem: str, config: DFlashConfig) -> int:
-    settings = config.quantization or {}
-    own = settings.get(stem)
-    return int(own["bits"] if isinstance(own, dict) else settings["bits"])
-
-
-def _check_finite(model: nn.Module, path: Path) -> None:
-    for name, value in tree_flatten(model.parameters()):
-        if not mx.isfinite(value).all().item():
-            raise ModelError(f"the drafter's weights in {path} are not finite: {name}")

@@ -9,16 +9,14 @@ import pytest
 from mlx.utils import tree_flatten
 
 from draftloom.adapters.attention import AttentionAdapter
-from draftloom.adapters.bundled import default_pair
 from draftloom.adapters.qwen3_5 import HybridAdapter
 from draftloom.apps.train.checkpoint import RunFolder
 from draftloom.apps.train.design import DrafterDesign, design_drafter, read_config
 from draftloom.apps.train.settings import TrainSettings
 from draftloom.apps.train.step import BlockBatch, DrafterLoss, block_logits
-from draftloom.apps.train.weights import initial_parameters, read_parameters
+from draftloom.apps.train.weights import initial_parameters
 from draftloom.contracts import BindContext, DraftRequest
 from draftloom.drafters.dflash import DFlashDrafter
-from draftloom.drafters.dflash.drafter import _load
 from draftloom.drafters.dflash.model import DFlashModel
 from draftloom.model_info import ModelInfo
 from draftloom.sampling import SamplingParams, SamplingState
@@ -185,14 +183,3 @@ def test_kl_of_a_perfect_drafter_is_zero() -> None:
         assert abs(loss(parameters, perfect)[0].item()) < 1e-5
     finally:
         target.close()
-
-
-def test_packed_drafter_is_unpacked_as_the_drafter_does() -> None:
-    """`--init` with the bundled drafter, which is stored packed."""
-    checkpoint = default_pair().draft
-    drafter = DFlashDrafter(checkpoint)
-    mine = read_parameters(DFlashModel(drafter.config), checkpoint)
-    theirs = _load(checkpoint, drafter.config, mx.float32).parameters()
-    flat, expected = dict(tree_flatten(mine)), dict(tree_flatten(theirs))
-    assert flat.keys() == expected.keys()
-    assert all(mx.array_equal(flat[name], expected[name]).item() for name in flat)
