@@ -290,16 +290,35 @@ def test_counts_that_cannot_be_kept_are_refused_and_leave_no_trace(strategy: str
 
 
 def test_a_rollback_that_cannot_begin_leaves_the_caches_alone() -> None:
+    aborted: list[Any] = []
+
+    class Eager(TapeReplayRollback):
+        """Empties the cache it is given, and puts it back when told to."""
+
+        def begin(self, entry: Any, block: mx.array) -> Any:
+            speculation, before = super().begin(entry, block), entry.cache
+            entry.cache = [None, None]
+            restore = speculation.abort
+
+            def abort() -> None:
+                restore()
+                entry.cache = before
+                aborted.append(entry)
+
+            speculation.abort = abort  # type: ignore[method-assign]
+            return speculation
+
     class Broken(SnapshotRollback):
         def begin(self, entry: Any, block: mx.array) -> Any:
             raise RuntimeError("no room for a copy")
 
-    family = "qwen3_5-v2"
+    family = "qwen3_5-v4-conv3"
     expected = text_trace(family, 0)
     with adapter(models.build(family)) as target:
-        kinds = {CacheKind.GATED_DELTA: TapeReplayRollback(), CacheKind.ATTENTION: Broken()}
+        kinds = {CacheKind.GATED_DELTA: Eager(), CacheKind.ATTENTION: Broken()}
         cache = target.make_cache()
         target.forward(mx.array([expected.tokens[:6]]), cache)
         with pytest.raises(RuntimeError, match="no room"):
             CompositeRollback(kinds, target).begin(cache, mx.array([[1, 2]]))
+        assert len(aborted) == 3
         assert not expected.differences(cache, 6)

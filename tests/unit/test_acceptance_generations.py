@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 
 from draftloom import PipelineBuilder
+from draftloom.contracts import DraftLaw, DraftRequest
 from draftloom.pipeline import GenerateOptions
-from draftloom.sampling import SamplingState
+from draftloom.sampling import SamplingParams, SamplingState
 from tests.support import models, pipelines
 from tests.support.oracle import text_model
 from tests.support.statistics import chi_square, filtered_law
@@ -34,12 +35,12 @@ FILTERS = [
 ]
 
 
-def new(family: str, seed: int) -> nn.Module:
-    """A model of few layers, whose laws are broad."""
+def new(family: str, seed: int, sharp: float = 0.4) -> nn.Module:
+    """A model of few layers, whose laws are broad unless `sharp`."""
     layers = {"num_hidden_layers": 2 if family.startswith("qwen3_5") else 1}
     model = models.new(models.FAMILIES[family], seed, vocab_size=VOCAB, **layers)
     text = text_model(model)
-    text.lm_head.weight = text.lm_head.weight * 0.4
+    text.lm_head.weight = text.lm_head.weight * sharp
     return model
 
 
@@ -67,7 +68,9 @@ DRAFTERS = ("prompt-lookup", "autoregressive", "dense", "top-k", "fixed")
 
 def with_drafter(name: str, builder: PipelineBuilder) -> PipelineBuilder:
     if name == "autoregressive":
-        return builder.drafter("autoregressive", model=pipelines.adapt(new("qwen2", 3))).width(2)
+        return builder.drafter(
+            "autoregressive", model=pipelines.adapt(new("qwen2", 3, sharp=0.8))
+        ).width(2)
     if name in ("dense", "top-k"):
         laws = np.random.default_rng(1).dirichlet(np.full(VOCAB, 0.5), 7)
         laws = tuple(tuple(row) for row in laws)
@@ -135,6 +138,38 @@ def _accept_key(self: SamplingState) -> mx.array:
     key = self._accept
     self._accept, _ = mx.random.split(key)
     return key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("filters", FILTERS)
+def test_an_autoregressive_drafter_draws_from_the_law_it_reports(
+    filters: dict[str, float],
+) -> None:
+    """q is the draft model's law under the request's filters, and the tokens follow it: the texts
+    above would feel a small difference too little."""
+    alone = new("qwen2", 3, sharp=0.8)
+    law: dict[tuple[int, ...], float] = {}
+    rows = {
+        prefix: filtered_law(np.array(alone(mx.array([[*PROMPT, *prefix]]))[0, -1]), **filters)
+        for prefix in [(), *((t,) for t in range(VOCAB))]
+    }
+    for first, second in itertools.product(range(VOCAB), repeat=2):
+        law[first, second] = float(rows[()][first] * rows[first,][second])
+    with with_drafter("autoregressive", pipelines.builder(new("qwen3", SEED))).build() as pipeline:
+        request = DraftRequest((PROMPT,), SamplingState(SamplingParams(**filters)), VOCAB)
+        session = pipeline._parts.drafter.open(request)
+        session.observe((PROMPT[:-1],), None)
+        anchor, drawn = mx.array([PROMPT[-1]], dtype=mx.int32), []
+        for seed in range(RUNS):
+            sampling = SamplingState(SamplingParams(seed=seed, **filters))
+            draft = session.propose(anchor, 2, sampling)
+            assert draft.law is DraftLaw.DENSE
+            assert draft.probs is not None
+            tokens = tuple(draft.tokens.tolist()[0])
+            drawn.append(tokens)
+            found = np.array(draft.probs)[0]
+            assert np.abs(found - np.stack([rows[()], rows[tokens[:1]]])).max() < 1e-5
+    assert chi_square(drawn, law) > P_VALUE
 
 
 @pytest.mark.parametrize("drafter", DRAFTERS)
