@@ -105,10 +105,10 @@ def test_unreadable_prompt_files(cli: Callable[..., Any], tmp_path: Path) -> Non
     cli("generate", stdin=b"\xff\xfe").assert_mistake("stdin is not UTF-8")
 
 
-def test_prompt_past_the_context(cli: Callable[..., Any], tiny: Path, tmp_path: Path) -> None:
+def test_prompt_past_the_context(process: Callable[..., Any], tiny: Path, tmp_path: Path) -> None:
     """And transformers' own remark about long sequences does not appear."""
     trace = tmp_path / "trace.jsonl"
-    done = cli("generate", "x = 1\n" * 3000, "--target", tiny, *LOOKUP, "--trace", trace)
+    done = process("generate", "x = 1\n" * 3000, "--target", tiny, *LOOKUP, "--trace", trace)
     done.assert_mistake("the target's context holds 256", "shorten")
     assert not trace.exists()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib.util
 import inspect
 import json
 from pathlib import Path
@@ -15,11 +16,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx_lm
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm import tokenizer_utils
 from mlx_lm.generate import GenerationResponse, generate_step, wired_limit
+from mlx_lm.models import qwen3
 from mlx_lm.models.cache import (
     ArraysCache,
     KVCache,
@@ -34,6 +37,7 @@ from mlx_lm.models.rope_utils import initialize_rope
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import (
+    MODEL_REMAPPING,
     _get_classes,
     dequantize_model,
     get_total_parameters,
@@ -46,6 +50,9 @@ from tests.support.oracle import prefill, text_model
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("core", "adapters", "apps", "caches", "drafters", "kernels", "verifiers")
 COVERED = {
+    "mlx_lm",
+    "mlx_lm.models.qwen3",
+    "mlx_lm.utils.MODEL_REMAPPING",
     "mlx_lm.tokenizer_utils",
     "mlx_lm.generate.GenerationResponse",
     "mlx_lm.generate.generate_step",
@@ -368,3 +375,28 @@ def test_tokenizer_loads_from_a_folder() -> None:
     assert isinstance(tokenizer.has_chat_template, bool)
     wrapped: Any = TokenizerWrapper(tokenizer._tokenizer)
     assert wrapped.encode("x") == tokenizer.encode("x")
+
+
+# --- what single modules rely on --------------------------------------------------------------
+
+
+def test_the_stream_that_the_benchmark_times() -> None:
+    parameters = inspect.signature(mlx_lm.stream_generate).parameters
+    assert list(parameters)[:4] == ["model", "tokenizer", "prompt", "max_tokens"]
+
+
+def test_remapped_model_types_are_modules() -> None:
+    assert MODEL_REMAPPING["mistral"] == "llama"
+    for module in MODEL_REMAPPING.values():
+        assert importlib.util.find_spec(f"mlx_lm.models.{module}") is not None, module
+
+
+def test_a_qwen3_is_made_of_a_config() -> None:
+    config = {
+        "model_type": "qwen3", "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 16,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "rms_norm_eps": 1e-6,
+        "vocab_size": 8, "max_position_embeddings": 16, "rope_theta": 1e4,
+        "tie_word_embeddings": True,
+    }  # fmt: skip
+    model = qwen3.Model(qwen3.ModelArgs.from_dict(config))
+    assert model(mx.array([[1, 2]])).shape == (1, 2, 8)
