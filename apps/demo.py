@@ -176,8 +176,7 @@ def _verdict_on_speed(report: DemoReport) -> str:
     if ours >= alone:
         return f"{ours / alone:.2f} times as fast"
     gain, place = stats.acceptance_length, "CPU" if report.device.endswith("(cpu)") else "device"
-    cost = gain * alone / ours
-    return f"slower: a cycle gives {gain:.1f} tokens, on this {place} it costs {cost:.1f} steps"
+    return f"slower: a cycle gives {gain:.1f}, costs {gain * alone / ours:.1f} on this {place}"
 
 
 def _versions() -> str:

@@ -50,7 +50,7 @@ def shown(report: demo.DemoReport, encoding: str = "utf-8") -> str:
 def test_speed_is_told_as_it_is(report: demo.DemoReport) -> None:
     assert "2.00 times as fast" in shown(report)
     slow = attrs.evolve(report, plain_tokens_per_second=30.0, device="A chip (cpu)")
-    assert "slower: a cycle gives 3.0 tokens, on this CPU it costs 15.0 steps" in shown(slow)
+    assert "slower: a cycle gives 3.0, costs 15.0 on this CPU" in shown(slow)
 
 
 def test_bars_follow_the_rates_also_without_unicode(report: demo.DemoReport) -> None:
