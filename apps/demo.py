@@ -156,9 +156,7 @@ def render(report: DemoReport, console: Console) -> Table:
         )
     ours, alone = report.tokens_per_second, report.plain_tokens_per_second
     table.add_row("speculative", f"{ours:.1f} tokens/s")
-    table.add_row(
-        "target alone", f"{alone:.1f} tokens/s, plain mlx-lm in this same run (median steps)"
-    )
+    table.add_row("target alone", f"{alone:.1f} tokens/s, plain mlx-lm in this same run")
     table.add_row("", _verdict_on_speed(report))
     table.add_row("lossless", report.comparison)
     table.add_row("device", f"{report.device}, {report.dtype}")
