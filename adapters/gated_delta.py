@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.gated_delta import compute_g, normalize_qk
 
+from draftloom.device import on_cuda
 from draftloom.kernels.gated_delta import prefill, verify
 from draftloom.recording import RecordingEntry
 
@@ -84,8 +85,7 @@ def _has_faster_prefill(cache: Any) -> bool:
     Off Metal mlx-lm runs the recurrence token by token. On the CPU that is the order of operations
     to keep; on CUDA the kernel of the same rule takes its place.
     """
-    on_gpu = mx.default_device() == mx.Device(mx.gpu)
-    return on_gpu and not mx.metal.is_available() and cache.lengths is None
+    return on_cuda() and cache.lengths is None
 
 
 def _convolve(

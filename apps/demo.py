@@ -83,14 +83,7 @@ def measure(printer: TextPrinter, max_tokens: int, block_size: int | None = None
             chunks.append(chunk)
             printer.write(chunk.text)
         printer.end()
-        result = draftloom.GenerationResult(
-            text="".join(chunk.text for chunk in chunks),
-            token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
-            finish_reason=chunks[-1].finish_reason or "length",
-            stats=stream.stats,
-            seed=stream.seed,
-            pipeline=stream.names,
-        )
+        result = stream.result(chunks)
         model = pipeline.model
     # Closed: the model is as mlx-lm loaded it.
     with busy("the target alone"):

@@ -13,13 +13,14 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
+from draftloom.device import on_cuda
+
 __all__ = ["FixedLengthEntry", "serves"]
 
 
 def serves(entry: Any) -> bool:
     """Whether this is a cache to be seen so here: a plain KVCache, on CUDA."""
-    on_gpu = mx.default_device() == mx.Device(mx.gpu)
-    return type(entry) is KVCache and on_gpu and mx.cuda.is_available()
+    return type(entry) is KVCache and on_cuda()
 
 
 class FixedLengthEntry:

@@ -246,15 +246,7 @@ class Pipeline:
             GenerationError: the target failed; carries the tokens so far.
         """
         stream = self.stream(prompt, **options)
-        chunks = list(stream)
-        return GenerationResult(
-            text="".join(c.text for c in chunks),
-            token_ids=tuple(t for c in chunks for t in c.token_ids),
-            finish_reason=chunks[-1].finish_reason or "length",
-            stats=stream.stats,
-            seed=stream.seed,
-            pipeline=stream.names,
-        )
+        return stream.result(list(stream))
 
     def stream(self, prompt: Prompt, **options: Unpack[OptionNames]) -> TextGeneration:
         """Generate a text cycle by cycle: an iterator of `Chunk`. Arguments as `generate`."""
@@ -331,6 +323,18 @@ class TextGeneration(Iterator[Chunk]):
 
     def __next__(self) -> Chunk:
         return next(self._chunks)
+
+    def result(self, chunks: Sequence[Chunk]) -> GenerationResult:
+        """The text of these chunks, with the counts so far; one left unfinished was cancelled."""
+        reason = chunks[-1].finish_reason if chunks else None
+        return GenerationResult(
+            text="".join(chunk.text for chunk in chunks),
+            token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
+            finish_reason=reason or "cancelled",
+            stats=self.stats,
+            seed=self.seed,
+            pipeline=self.names,
+        )
 
     def close(self) -> None:
         """Stop here. The caches hold what was handed out."""

@@ -19,7 +19,7 @@ from .trace import TraceFile
 
 if TYPE_CHECKING:
     from draftloom.builder import PipelineBuilder
-    from draftloom.pipeline import Chunk, GenerationResult, Pipeline, Prompt, TextGeneration
+    from draftloom.pipeline import Chunk, GenerationResult, Pipeline, Prompt
 
 __all__ = ["CancelSwitch", "GenerationSinks", "build", "run_generation"]
 
@@ -135,18 +135,4 @@ def run_generation(
             bar[0].stop()
             if sinks.trace is not None:
                 sinks.trace.close()
-    return _result(stream, chunks)
-
-
-def _result(stream: TextGeneration, chunks: list[Chunk]) -> GenerationResult:
-    from draftloom.pipeline import GenerationResult
-
-    reason = chunks[-1].finish_reason if chunks else None
-    return GenerationResult(
-        text="".join(chunk.text for chunk in chunks),
-        token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
-        finish_reason=reason or "cancelled",
-        stats=stream.stats,
-        seed=stream.seed,
-        pipeline=stream.names,
-    )
+    return stream.result(chunks)

@@ -16,6 +16,8 @@ import mlx.nn as nn
 from mlx_lm.models.cache import KVCache
 from mlx_lm.models.rope_utils import initialize_rope
 
+from draftloom.device import on_cuda
+
 from .config import DFlashConfig
 
 __all__ = ["DFlashModel"]
@@ -64,7 +66,7 @@ class _Attention(nn.Module):
         context = cache.offset
         # The block's rows are written behind the context, used, and given up again.
         keys, values = cache.update_and_fetch(*self.keys_values(x, position))
-        if _plans_attention():
+        if on_cuda():  # its attention is planned for the number of keys: one for many cycles
             keys, values = cache.keys, cache.values
         cache.trim(tokens)
         output = mx.fast.scaled_dot_product_attention(
@@ -86,12 +88,6 @@ class _Attention(nn.Module):
         if self.causal:
             mask = mask & (key <= query)
         return mask
-
-
-def _plans_attention() -> bool:
-    """Whether MLX plans its attention for the exact number of keys, so that one number for many
-    cycles is worth a mask (CUDA)."""
-    return mx.default_device() == mx.Device(mx.gpu) and mx.cuda.is_available()
 
 
 class _MLP(nn.Module):
