@@ -39,7 +39,7 @@ def drafter(
         list[Path],
         typer.Option(
             metavar="FILE|DIR",
-            help="Text, or JSON lines with messages, prompt and response, text, or tokens; "
+            help="Text, or JSON lines with messages, prompt and response, text, or token ids; "
             "repeatable.",
             rich_help_panel=DATA,
         ),
@@ -70,6 +70,27 @@ def drafter(
             rich_help_panel=DRAFTER,
         ),
     ] = None,
+    heads: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Default: from the target.", rich_help_panel=DRAFTER),
+    ] = None,
+    kv_heads: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Default: from the target.", rich_help_panel=DRAFTER),
+    ] = None,
+    head_dim: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=2, help="Default: from the target.", rich_help_panel=DRAFTER),
+    ] = None,
+    intermediate_size: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Width of the MLP. Default: the target's.",
+            rich_help_panel=DRAFTER,
+        ),
+    ] = None,
     block_size: Annotated[
         int | None,
         typer.Option(
@@ -96,8 +117,21 @@ def drafter(
         ),
     ] = None,
     steps: Annotated[
-        int, typer.Option(metavar="N", help="Optimizer updates.", rich_help_panel=TRAINING)
-    ] = 1000,
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Optimizer updates. Default: 1000, or as many as fit into --max-minutes.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
+    max_minutes: Annotated[
+        float | None,
+        typer.Option(
+            metavar="M",
+            help="End after so long; the learning rate follows the clock.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
     batch: Annotated[
         int, typer.Option(metavar="N", help="Sequences at once.", rich_help_panel=TRAINING)
     ] = 8,
@@ -131,6 +165,14 @@ def drafter(
             rich_help_panel=TRAINING,
         ),
     ] = None,
+    compile_step: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile",
+            help="Fuse the step: a slow first step, faster ones. Default: on a GPU.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
     seed: Annotated[
         int, typer.Option(metavar="N", help="Of everything.", rich_help_panel=TRAINING)
     ] = 0,
@@ -152,8 +194,17 @@ def drafter(
     eval_every: Annotated[
         int, typer.Option(metavar="N", help="Steps; 0 is the end.", rich_help_panel=MEASURING)
     ] = 250,
+    eval_first: Annotated[
+        bool,
+        typer.Option(
+            "--eval-first/--no-eval-first", help="Before training too.", rich_help_panel=MEASURING
+        ),
+    ] = True,
     eval_prompts: Annotated[
-        int, typer.Option(metavar="N", help="Held-out prompts.", rich_help_panel=MEASURING)
+        int,
+        typer.Option(
+            metavar="N", help="Held-out prompts; 0 measures nothing.", rich_help_panel=MEASURING
+        ),
     ] = 8,
     eval_tokens: Annotated[
         int, typer.Option(metavar="N", help="Tokens of each.", rich_help_panel=MEASURING)
@@ -175,16 +226,20 @@ def drafter(
     from draftloom.apps.train.settings import TrainSettings
 
     settings = TrainSettings(
-        steps=steps, batch=batch, accumulate=accumulate, context=context_length, anchors=anchors,
+        steps=1000 if steps is None and max_minutes is None else steps, max_minutes=max_minutes,
+        batch=batch, accumulate=accumulate, context=context_length, anchors=anchors,
         learning_rate=learning_rate, warmup=warmup, loss=loss, weighting=weighting,
-        compute=compute or _compute(), seed=seed, held_out=held_out, eval_every=eval_every,
+        compile=_on_gpu() if compile_step is None else compile_step,
+        compute=compute or ("bfloat16" if _on_gpu() else "float32"),
+        seed=seed, held_out=held_out, eval_first=eval_first, eval_every=eval_every,
         eval_prompts=eval_prompts, eval_tokens=eval_tokens, save_every=save_every,
         log_every=log_every,
     )  # fmt: skip
     settings.check(block_size or 2)
     design = DrafterDesign(
         layers=layers, taps=tap_layers, block_size=block_size, mask_token=mask_token,
-        sliding_window=sliding_window,
+        sliding_window=sliding_window, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
+        intermediate_size=intermediate_size,
     )  # fmt: skip
     plugins = state_of(context).plugins
     request = TrainRequest(
@@ -198,7 +253,7 @@ def drafter(
 def _run(request: Any, plugins: Any) -> None:
     from draftloom.apps.train.loop import Trainer
 
-    with fallback_on_stderr(), Screen(request.settings.steps) as screen:
+    with fallback_on_stderr(), Screen() as screen:
         trainer = Trainer(request, plugins, screen.show)
         try:
             with _interruptions() as pressed:
@@ -207,22 +262,23 @@ def _run(request: Any, plugins: Any) -> None:
             trainer.close()
     if not finished:
         say_note(
-            f"stopped after step {trainer.state.step} of {request.settings.steps}, saved in "
-            f"{request.out}; the same command with --resume goes on"
+            f"stopped after step {trainer.state.step}, saved in {request.out}; the same command "
+            "with --resume goes on"
         )
         raise typer.Exit(130)
     typer.echo(str(request.out))
 
 
-def _compute() -> str:
+def _on_gpu() -> bool:
     import mlx.core as mx
 
-    return "bfloat16" if mx.default_device() == mx.Device(mx.gpu) else "float32"
+    return mx.default_device() == mx.Device(mx.gpu)  # type: ignore[no-any-return]
 
 
 @contextmanager
 def _interruptions() -> Iterator[list[int]]:
-    """The first Ctrl-C is noted, and the step is finished; the second one interrupts."""
+    """The first Ctrl-C (or a request to terminate) is noted, and the step is finished; the second
+    one interrupts."""
     pressed: list[int] = []
 
     def press(number: int, frame: object) -> None:
@@ -232,31 +288,32 @@ def _interruptions() -> Iterator[list[int]]:
         say_note("finishing the step, then saving (Ctrl-C again stops at once)")
 
     try:
-        before = signal.signal(signal.SIGINT, press)
+        before = {n: signal.signal(n, press) for n in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:  # not the main thread: Python delivers no signals here
         yield pressed
         return
     try:
         yield pressed
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Screen:
     """Progress on stderr: a bar on a terminal, a line a record elsewhere."""
 
-    def __init__(self, steps: int) -> None:
-        self._steps, self._tau = steps, ""
+    def __init__(self) -> None:
+        self._tau = ""
         self._console = error_console()
         self._bar: Progress | None = None
 
     def __enter__(self) -> Screen:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
         if self._console.is_terminal:
-            columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn())
+            columns = (TextColumn("training"), BarColumn(), TaskProgressColumn())
             self._bar = Progress(*columns, TextColumn("{task.description}"), console=self._console)
-            self._task = self._bar.add_task("", total=self._steps)
+            self._task = self._bar.add_task("", total=1.0)
             self._bar.start()
         return self
 
@@ -272,17 +329,21 @@ class Screen:
         if record["kind"] == "held-out":
             self._tau = f"held-out tau {record['tau']:.2f}"
             line = f"{self._tau} over {record['cycles']} cycles"
+        elif record["kind"] == "first-step":
+            line = f"first step done in {record['seconds']:.1f} s"
         else:
             line = (
                 f"loss {record['loss']:.3f}  {record['tokens_per_second']:.0f} tokens/s  "
+                f"{record['blocks_per_second']:.0f} blocks/s  "
                 f"{_clock(record['seconds_left'])} left"
             )
+        text = f"step {record['step']}  {line}"
         if self._bar is None:
-            text = f"step {record['step']}/{self._steps}  {line}"
             self._console.print(text, markup=False, soft_wrap=True)
             return
-        shown = line if record["kind"] == "held-out" else f"{line}  {self._tau}"
-        self._bar.update(self._task, completed=record["step"], description=shown)
+        shown = f"{text}  {self._tau}" if record["kind"] == "step" else text
+        done = record.get("progress")
+        self._bar.update(self._task, description=shown, completed=done)
 
 
 def _clock(seconds: float) -> str:

@@ -1,10 +1,17 @@
 """Which sequences and which anchors a step trains on. Everything follows from seed and step, so
-that a resumed run goes on with the very same batches."""
+that a resumed run goes on with the very same batches.
+
+Tokens lie in one array on the device, and batches are cut out of it there: no Python loop runs over
+tokens or blocks.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import random
+from array import array
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
 
@@ -24,7 +31,7 @@ class Batches:
     Args:
         sequences: all of them.
         features: where their features come from.
-        settings: batch, anchors, seed.
+        settings: batch, anchors, seed, and whether all batches have the same shape (compile).
         slots: K, draft slots of a block.
     """
 
@@ -35,69 +42,108 @@ class Batches:
         settings: TrainSettings,
         slots: int,
     ) -> None:
-        self._sequences, self._features = sequences, features
-        self._settings, self._slots = settings, slots
-        self._candidates = [s.anchors() for s in sequences]
+        self._features, self._settings, self._slots = features, settings, slots
+        self._lengths = [len(s.tokens) for s in sequences]
+        self._offsets = [0]
+        for length in self._lengths:
+            self._offsets.append(self._offsets[-1] + length)
+        self._tokens = _flat("i", (s.tokens for s in sequences))
+        self._runs = _runs(sequences, self._offsets, slots)
+        begins = mx.array(self._offsets[:-1], dtype=mx.int32)
+        able = mx.cumsum((self._runs > 0).astype(mx.int32))
+        ends = able[begins + mx.array(self._lengths, dtype=mx.int32) - 1]
+        counts: Any = (ends - mx.where(begins > 0, able[mx.maximum(begins, 1) - 1], 0)).tolist()
+        self._counts: list[int] = counts
         self._order: tuple[int, list[int]] = (-1, [])
 
-    def chosen(self, index: int) -> tuple[list[int], list[list[int]]]:
-        """Sequence numbers of batch `index`, and the anchors of each."""
-        size, total = self._settings.batch, len(self._sequences)
+    @property
+    def tokens(self) -> int:
+        """Tokens of all sequences."""
+        return self._offsets[-1]
+
+    def numbers(self, index: int) -> list[int]:
+        """Sequence numbers of batch `index`."""
+        size, total = self._settings.batch, len(self._lengths)
         picks = [divmod(n, total) for n in range(index * size, (index + 1) * size)]
-        numbers, anchors = [], []
-        for epoch, place in picks:
-            number = self._permutation(epoch)[place]
-            candidates = self._candidates[number]
-            stream = random.Random(f"{self._settings.seed}/anchors/{epoch}/{number}")
-            count = min(self._settings.anchors, len(candidates))
-            numbers.append(number)
-            anchors.append(sorted(stream.sample(candidates, count)))
-        return numbers, anchors
+        return [self._permutation(epoch)[place] for epoch, place in picks]
 
     def _permutation(self, epoch: int) -> list[int]:
         if self._order[0] != epoch:
-            order = list(range(len(self._sequences)))
+            order = list(range(len(self._lengths)))
             random.Random(f"{self._settings.seed}/order/{epoch}").shuffle(order)
             self._order = (epoch, order)
         return self._order[1]
 
     def batch(self, index: int) -> tuple[BlockBatch, int]:
-        """Batch `index`, from 0, and its context tokens."""
-        numbers, anchors = self.chosen(index)
-        rows = [self._sequences[n] for n in numbers]
-        widest = max(map(len, anchors))
-        places, first, labels, valid = [], [], [], []
-        for row, positions in zip(rows, anchors, strict=True):
-            padding = widest - len(positions)  # blocks that count nothing
-            places.append([*positions, *[1] * padding])
-            first.append([row.tokens[p] for p in places[-1]])
-            found = [labels_after(row, p, self._slots) for p in positions]
-            nothing = ([0] * self._slots, [0.0] * self._slots)
-            labels.append([f[0] for f in found] + [nothing[0]] * padding)
-            valid.append([f[1] for f in found] + [nothing[1]] * padding)
+        """Batch `index`, from 0, and its context tokens.
+
+        Blocks past a sequence's own count nothing.
+        """
+        numbers = self.numbers(index)
+        everything = range(len(self._lengths)) if self._settings.compile else numbers
+        blocks = min(self._settings.anchors, max(self._counts[n] for n in everything))
+        width = max(self._lengths[n] for n in everything)
+        digest = hashlib.sha256(f"{self._settings.seed}/anchors/{index}".encode()).digest()
+        key = mx.random.key(int.from_bytes(digest[:8], "big"))
+        begins = mx.array([self._offsets[n] for n in numbers], dtype=mx.int32)[:, None]
+        lengths = mx.array([self._lengths[n] for n in numbers], dtype=mx.int32)[:, None]
+        counts = mx.array([self._counts[n] for n in numbers], dtype=mx.int32)[:, None]
+
+        place = mx.arange(width + self._slots)
+        where = mx.minimum(begins + place, self.tokens - 1)
+        tokens = mx.where(place < lengths, self._tokens[where], 0)
+        runs = mx.where(place < lengths, self._runs[where], 0)
+
+        drawn = mx.where(runs > 0, mx.random.uniform(shape=runs.shape, key=key), 2.0)
+        anchors = mx.argsort(drawn, axis=1)[:, :blocks].astype(mx.int32)
+        counted = mx.arange(blocks) < counts
+        anchors = mx.sort(mx.where(counted, anchors, width), axis=1)
+        anchors = mx.where(counted, anchors, 1)
+
+        after = anchors[..., None] + mx.arange(1, self._slots + 1)
+        labels = mx.take_along_axis(tokens, after.reshape(len(numbers), -1), axis=1)
+        reach = mx.where(counted, mx.take_along_axis(runs, anchors, axis=1), 0)
         features, logits = self._features(numbers)
-        where = mx.array(places, dtype=mx.int32)
         batch = BlockBatch(
             features=features,
-            anchors=where,
-            anchor_tokens=mx.array(first, dtype=mx.int32),
-            labels=mx.array(labels, dtype=mx.int32),
-            valid=mx.array(valid, dtype=mx.float32),
-            teacher=None if logits is None else _teacher(logits, where, self._slots),
+            anchors=anchors,
+            anchor_tokens=mx.take_along_axis(tokens, anchors, axis=1),
+            labels=labels.reshape(after.shape),
+            valid=(mx.arange(self._slots) < reach[..., None]).astype(mx.float32),
+            teacher=None if logits is None else _teacher(logits, anchors, self._slots),
         )
-        return batch, sum(len(row.tokens) for row in rows)
+        return batch, sum(self._lengths[n] for n in numbers)
 
 
-def labels_after(row: Packed, anchor: int, slots: int) -> tuple[list[int], list[float]]:
-    """The `slots` tokens after an anchor, and 1.0 for those that count: up to the first that is
-    not trained on, of another document, or past the end."""
-    labels, valid, good = [], [], True
-    for p in range(anchor + 1, anchor + 1 + slots):
-        inside = p < len(row.tokens)
-        good = good and inside and row.trained[p] and row.segments[p] == row.segments[anchor]
-        labels.append(row.tokens[p] if inside else 0)
-        valid.append(float(good))
-    return labels, valid
+def _flat(kind: str, rows: Any) -> mx.array:
+    """All values of all rows, one after another."""
+    flat = array(kind)
+    for row in rows:
+        flat.extend(array(kind, row))
+    buffer: Any = memoryview(flat)
+    return mx.array(buffer)
+
+
+def _runs(sequences: Sequence[Packed], offsets: Sequence[int], slots: int) -> mx.array:
+    """[tokens] int32: how many of the next K tokens a block that begins here learns; 0 where none
+    can begin.
+
+    A block begins at a trained token with another before it. It learns up to the first token that
+    is not trained on, or of another document, or past the end.
+    """
+    trained = _flat("b", (s.trained for s in sequences)).astype(mx.bool_)
+    segments = _flat("i", (s.segments for s in sequences))
+    total = trained.shape[0]
+    first = mx.zeros(total, dtype=mx.bool_)
+    first[mx.array(list(offsets[:-1]), dtype=mx.int32)] = mx.array(True)
+    changed = mx.concatenate([mx.array([True]), segments[1:] != segments[:-1]])
+    stop = mx.where(changed | first | ~trained, mx.arange(total), total)
+    following = mx.concatenate([stop[1:], mx.array([total])])
+    next_stop = mx.cummin(following, reverse=True)
+    runs = mx.minimum(next_stop - mx.arange(total) - 1, slots)
+    runs = mx.where(trained & ~first, runs, 0).astype(mx.int32)
+    mx.eval(runs)
+    return runs
 
 
 def _teacher(logits: mx.array, anchors: mx.array, slots: int) -> mx.array:

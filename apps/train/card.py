@@ -37,7 +37,7 @@ def model_card(
         "out |",
         f"| held out | {len(corpus.held_out)} documents |",
         f"| data fingerprint | `{corpus.fingerprint[:16]}` |",
-        f"| steps | {state.step} of {settings.steps}, {settings.batch} x {settings.accumulate} "
+        f"| steps | {state.step}, {settings.batch} x {settings.accumulate} "
         f"sequences of at most {settings.context} tokens, {settings.anchors} anchors each |",
         f"| seen | {state.tokens} context tokens in {state.seconds:.0f} s |",
         f"| loss | {settings.loss}, weights {settings.weighting} |",
@@ -47,7 +47,7 @@ def model_card(
         "",
     ]
     if not state.measured:
-        return "\n".join([*lines, "Nothing was held out.", ""])
+        return "\n".join([*lines, "Nothing was measured.", ""])
     last = state.measured[-1]
     lines += [
         f"Acceptance length **{last['tau']:.2f}** at step {last['step']}, by the real decoder, "

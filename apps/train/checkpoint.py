@@ -30,7 +30,7 @@ class TrainState:
         step: updates done.
         parameters: of the drafter, float32.
         optimizer: the optimizer's state.
-        seconds: trained so far.
+        seconds: trained so far, without the first step of each process.
         tokens: context tokens seen so far.
         measured: measurements of tau so far, as logged.
     """

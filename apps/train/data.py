@@ -5,7 +5,8 @@ Three kinds of file. JSON lines (.jsonl), every line one of
 - ``{"messages": [...]}``: a chat; its assistant turns are trained on;
 - ``{"prompt": "...", "response": "..."}``: the response is trained on;
 - ``{"text": "..."}``: all of it is trained on;
-- ``{"tokens": [...], "prompt_tokens": n}``: token ids; what follows the first n is trained on.
+- ``{"tokens": [...], "prompt_tokens": n}``: token ids; what follows the first n is trained on;
+- ``{"prompt_ids": [...], "response_ids": [...]}``: token ids; the response is trained on.
 
 Any other file is plain text, all of it trained on; of a folder, every UTF-8 file in it.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,8 +49,8 @@ class Document:
     @property
     def digest(self) -> str:
         """sha256 of tokens and mask: equal documents are one."""
-        body = ",".join(map(str, self.tokens)) + "|" + "".join("01"[t] for t in self.trained)
-        return hashlib.sha256(body.encode()).hexdigest()
+        body = array("q", self.tokens).tobytes() + bytes(self.trained)
+        return hashlib.sha256(body).hexdigest()
 
 
 @attrs.frozen
@@ -65,15 +67,15 @@ class Packed:
     trained: tuple[bool, ...] = attrs.field(repr=False)
     segments: tuple[int, ...] = attrs.field(repr=False)
 
-    def anchors(self) -> list[int]:
-        """Positions where a block can begin: trained on, with a token before it, and followed by
-        one that is trained on and of the same document."""
+    @property
+    def usable(self) -> bool:
+        """Whether a block can begin anywhere: at a token that is trained on, that has one before
+        it, and one after it that is trained on and of the same document."""
         trained, segments = self.trained, self.segments
-        return [
-            p
+        return any(
+            trained[p] and trained[p + 1] and segments[p] == segments[p + 1]
             for p in range(1, len(self.tokens) - 1)
-            if trained[p] and trained[p + 1] and segments[p] == segments[p + 1]
-        ]
+        )
 
 
 @attrs.frozen
@@ -112,10 +114,11 @@ def read_corpus(
     unique: dict[str, Document] = {}
     count = 0
     for document in (d for file in files for d in reader.file(Path(file))):
-        outside = [t for t in document.tokens if not 0 <= t < vocab_size]
-        if outside:
+        ends = (min(document.tokens, default=0), max(document.tokens, default=0))
+        if ends[0] < 0 or ends[1] >= vocab_size:
+            outside = next(t for t in document.tokens if not 0 <= t < vocab_size)
             raise UsageError(
-                f"{document.source}: token id {outside[0]} is outside the target's vocabulary of "
+                f"{document.source}: token id {outside} is outside the target's vocabulary of "
                 f"{vocab_size}",
                 "was it tokenized for another model?",
             )
@@ -184,6 +187,7 @@ class _Reader:
         kinds: dict[str, Callable[[Any, str], Document]] = {
             "messages": self._chat,
             "tokens": self._tokens,
+            "prompt_ids": self._ids,
             "prompt": self._prompt,
             "text": lambda r, s: self._text(r["text"], s),
         }
@@ -215,11 +219,15 @@ class _Reader:
 
     def _tokens(self, record: Any, source: str) -> Document:
         ids, prompt = tuple(record["tokens"]), record.get("prompt_tokens", 0)
-        if not all(isinstance(t, int) and not isinstance(t, bool) for t in ids):
-            raise UsageError(f"{source}: tokens are whole numbers")
+        _whole(ids, source)
         if not isinstance(prompt, int) or not 0 <= prompt <= len(ids):
             raise UsageError(f"{source}: prompt_tokens is no number from 0 to {len(ids)}")
         return _response(ids[:prompt], ids[prompt:], source)
+
+    def _ids(self, record: Any, source: str) -> Document:
+        prompt, answer = tuple(record["prompt_ids"]), tuple(record["response_ids"])
+        _whole((*prompt, *answer), source)
+        return _response(prompt, answer, source)
 
     def _eos(self) -> list[int]:
         eos = getattr(self._tokenizer, "eos_token_id", None)
@@ -262,6 +270,11 @@ class _Reader:
         return Document(tuple(full), tuple(trained), len(prompt), source)
 
 
+def _whole(ids: tuple[Any, ...], source: str) -> None:
+    if not set(map(type, ids)) <= {int}:
+        raise UsageError(f"{source}: tokens are whole numbers")
+
+
 def _response(prompt: Sequence[int], answer: Sequence[int], source: str) -> Document:
     trained = (False,) * len(prompt) + (True,) * len(answer)
     return Document((*prompt, *answer), trained, len(prompt), source)
@@ -282,15 +295,18 @@ def pack(documents: Sequence[Document], context: int, separator: int | None) -> 
         for d in documents
         if d.prompt
     ]
-    stream: list[tuple[int, bool, int]] = []
+    tokens: list[int] = []
+    trained: list[bool] = []
+    numbers: list[int] = []
     end = [] if separator is None else [separator]
     for number, document in enumerate(d for d in documents if not d.prompt):
-        stream += [(t, m, number) for t, m in zip(document.tokens, document.trained, strict=True)]
-        stream += [(t, True, number) for t in end]
-    for begin in range(0, len(stream), context):
-        tokens, trained, numbers = zip(*stream[begin : begin + context], strict=True)
-        packed.append(Packed(tokens, trained, numbers))
-    usable = tuple(p for p in packed if p.anchors())
+        tokens += [*document.tokens, *end]
+        trained += [*document.trained, *[True] * len(end)]
+        numbers += [number] * (len(document.tokens) + len(end))
+    for begin in range(0, len(tokens), context):
+        part = slice(begin, begin + context)
+        packed.append(Packed(tuple(tokens[part]), tuple(trained[part]), tuple(numbers[part])))
+    usable = tuple(p for p in packed if p.usable)
     if not usable:
         raise UsageError(
             f"none of {len(documents)} documents has two tokens to train on within {context}",

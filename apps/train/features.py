@@ -47,12 +47,19 @@ class OnlineFeatures:
         target: tapped.
         sequences: all of them.
         with_logits: whether the target's logits are wanted as well.
+        width: tokens that every batch is padded to; 0 is its longest sequence.
     """
 
     def __init__(
-        self, target: TargetAdapter, sequences: Sequence[Packed], *, with_logits: bool = False
+        self,
+        target: TargetAdapter,
+        sequences: Sequence[Packed],
+        *,
+        with_logits: bool = False,
+        width: int = 0,
     ) -> None:
         self._target, self._sequences, self._with_logits = target, sequences, with_logits
+        self._width = width
 
     def __call__(self, numbers: Sequence[int]) -> tuple[mx.array, mx.array | None]:
         """Features [R, S, F], and logits [R, S, V] or None.
@@ -61,7 +68,7 @@ class OnlineFeatures:
             UsageError: the target has no taps.
         """
         rows = [self._sequences[n].tokens for n in numbers]
-        longest = max(map(len, rows))
+        longest = max(self._width, *map(len, rows))
         # Rows past a sequence's end come after all that is seen: what they hold is of no matter.
         padded = mx.array([[*row, *[0] * (longest - len(row))] for row in rows], dtype=mx.int32)
         output = self._target.forward(padded, self._target.make_cache())
@@ -78,10 +85,14 @@ class FeatureCache:
         folder: of the cache; made by `build`.
         key: what the features are of; a cache of anything else is refused.
         lengths: tokens of every sequence.
+        width: tokens that every batch is padded to; 0 is its longest sequence.
     """
 
-    def __init__(self, folder: Path, key: dict[str, Any], lengths: Sequence[int]) -> None:
+    def __init__(
+        self, folder: Path, key: dict[str, Any], lengths: Sequence[int], *, width: int = 0
+    ) -> None:
         self._folder, self._key, self._lengths = folder, key, list(lengths)
+        self._width = width
         self._shards: list[dict[str, Any]] = []
         self._checked: set[str] = set()
 
@@ -191,7 +202,7 @@ class FeatureCache:
             FeatureError: a shard is missing or is not what was written; names it.
         """
         rows = [self._of(number) for number in numbers]
-        longest = max(row.shape[0] for row in rows)
+        longest = max(self._width, *(row.shape[0] for row in rows))
         padded = [mx.pad(row, [(0, longest - row.shape[0]), (0, 0)]) for row in rows]
         return mx.stack(padded), None
 

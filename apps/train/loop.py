@@ -11,8 +11,6 @@ from typing import Any
 
 import attrs
 import mlx.core as mx
-import mlx.optimizers as optim
-from mlx.utils import tree_map
 
 from draftloom.drafters.dflash.config import DFlashConfig
 from draftloom.drafters.dflash.model import DFlashModel
@@ -31,6 +29,7 @@ from .features import FeatureCache, FeatureError, OnlineFeatures
 from .settings import TrainSettings
 from .step import DrafterLoss
 from .target import FrozenTarget
+from .update import Updates, make_optimizer
 from .weights import in_order, initial_parameters
 
 __all__ = ["TrainRequest", "Trainer"]
@@ -137,24 +136,23 @@ class Trainer:
         self._batches = Batches(
             self.sequences, features, settings, slots=self.config.block_size - 1
         )
-        self.optimizer = optim.AdamW(
-            settings.learning_rate,
-            betas=list(settings.betas),
-            weight_decay=settings.weight_decay,
-            bias_correction=True,
-        )
+        self.optimizer = make_optimizer(settings)
         self.state = self.folder.begin(request.resume) or TrainState(
             step=0, parameters=begin, optimizer=self.optimizer.state
         )
         self.state.parameters = in_order(self.state.parameters)
         self.optimizer.state = self.state.optimizer
         self.optimizer.init(self.state.parameters)
+        self._updates = Updates(self._loss, self.optimizer, settings)
+        self._launched: _Launched | None = None
+        self._since = _Since()
+        self._begun = False
 
     def _features(self, fingerprint: str) -> Features:
         with_logits = self.settings.loss == "kl"
-        online = OnlineFeatures(self.target, self.sequences, with_logits=with_logits)
+        width = max(len(s.tokens) for s in self.sequences) if self.settings.compile else 0
         if self.request.cache is None:
-            return online
+            return OnlineFeatures(self.target, self.sequences, with_logits=with_logits, width=width)
         if with_logits:
             raise FeatureError(
                 "the KL loss needs the target's logits, which a feature cache does not hold",
@@ -170,7 +168,9 @@ class Trainer:
             "width": len(self.config.tap_layers) * self.target.info.hidden_size,
             "itemsize": sample.dtype.size,
         }
-        cache = FeatureCache(self.request.cache, key, [len(s.tokens) for s in self.sequences])
+        lengths = [len(s.tokens) for s in self.sequences]
+        cache = FeatureCache(self.request.cache, key, lengths, width=width)
+        online = OnlineFeatures(self.target, self.sequences)
         cache.build(online, self.request.cache_bytes, self._tell_features)
         return cache
 
@@ -183,6 +183,16 @@ class Trainer:
             return initial_parameters(self.model, self.settings.seed)
         own = DFlashConfig.from_model(ModelInfo.from_path(self.request.init))
         return load_weights(self.request.init, own, mx.float32).parameters()
+
+    @property
+    def clock(self) -> float:
+        """Seconds trained. The first step of a process, which compiles, is not counted."""
+        return self.state.seconds
+
+    @property
+    def finished(self) -> bool:
+        """Whether the steps are done, or the time is over."""
+        return self.settings.progress(self.state.step, self.clock) >= 1
 
     def run(self, stopped: Callable[[], bool] = lambda: False) -> bool:
         """Train to the end, or until `stopped` says so after a step; what there is, is saved.
@@ -197,68 +207,123 @@ class Trainer:
         settings, state = self.settings, self.state
         if state.step == 0 and not state.measured:
             self._save()
-            self._measure()
-        while state.step < settings.steps:
+            if settings.eval_first:
+                self._measure()
+        self._since = _Since()
+        finished = self.finished
+        while not finished:
             self._step()
-            last = state.step == settings.steps
-            halted = not last and stopped()
-            if last or _due(state.step, settings.eval_every):
-                self._save(measure_too=True)
+            # One step stays in flight: its numbers are read when the next one is launched.
+            if _due(state.step, settings.log_every):
+                self._settle()
+                self._log()
+            finished = self.finished
+            if finished:
+                self._settle()
+                self._log()
+            halted = not finished and stopped()
+            if finished or _due(state.step, settings.eval_every):
+                self._save(measure_too=not halted)
             elif halted or _due(state.step, settings.save_every):
                 self._save()
+            else:
+                continue
+            self._since = _Since()
             if halted:
                 return False
         return True
 
     def _step(self) -> None:
-        settings, state, begin = self.settings, self.state, time.perf_counter()
-        total: Any = None
-        losses, shares, tokens = [], [], 0
+        """Launch a step, and read the numbers of the one before."""
+        settings, state = self.settings, self.state
+        gradients, losses, shares = [], [], []
+        blocks = tokens = 0
         for part in range(settings.accumulate):
             batch, count = self._batches.batch(state.step * settings.accumulate + part)
-            (loss, share), gradient = self._loss.gradients(state.parameters, batch)
-            total = gradient if total is None else tree_map(mx.add, total, gradient)
-            mx.eval(loss, share, total)
-            losses.append(loss.item())
+            loss, share, gradient = self._updates.gradients(state.parameters, batch)
+            if settings.accumulate > 1:  # else the memory of all of them is needed at once
+                mx.async_eval(loss, share, gradient)
+            gradients.append(gradient)
+            losses.append(loss)
             shares.append(share)
-            tokens += count
-        scaled = tree_map(lambda g: g / settings.accumulate, total)
-        clipped, norm = optim.clip_grad_norm(scaled, settings.clip)
-        value = math.fsum(losses) / len(losses)  # type: ignore[arg-type]
-        if not (math.isfinite(value) and math.isfinite(norm.item())):
+            tokens, blocks = tokens + count, blocks + batch.anchors.size
+        rate = settings.rate(state.step, self.clock)
+        state.parameters, state.optimizer, norm = self._updates.apply(
+            state.parameters, state.optimizer, gradients, rate
+        )
+        numbers = mx.stack([mx.stack(losses).mean(), norm.astype(mx.float32)])
+        shares_now = mx.stack(shares).mean(axis=0)
+        mx.async_eval(numbers, shares_now, state.parameters, state.optimizer)
+        state.step, state.tokens = state.step + 1, state.tokens + tokens
+        before, self._launched = self._launched, None
+        if before is not None:
+            self._read(before)
+        self._launched = _Launched(state.step, numbers, shares_now, rate, tokens, blocks)
+        if not self._begun:
+            self._begun, seconds = True, state.seconds
+            self._settle()
+            took, state.seconds = state.seconds - seconds, seconds
+            self._record({"kind": "first-step", "step": state.step, "seconds": took})
+            if not (self.finished or _due(state.step, settings.log_every)):
+                self._since = _Since()
+
+    def _settle(self) -> None:
+        """Wait for the step in flight."""
+        if self._launched is not None:
+            launched, self._launched = self._launched, None
+            self._read(launched)
+
+    def _read(self, launched: _Launched) -> None:
+        numbers: Any = launched.numbers.tolist()
+        loss, norm = numbers
+        if not (math.isfinite(loss) and math.isfinite(norm)):
             raise DraftloomError(
-                f"loss {value} and gradient norm {norm.item()} at step {state.step + 1} are not "
-                "finite",
+                f"loss {loss} and gradient norm {norm} at step {launched.step} are not finite",
                 f"try a lower learning rate; {self.request.out} holds the last saved step",
             )
-        rate = settings.rate(state.step)
-        self.optimizer.learning_rate = mx.array(rate, dtype=mx.float32)
-        state.parameters = self.optimizer.apply_gradients(clipped, state.parameters)
-        mx.eval(state.parameters, self.optimizer.state)
-        seconds = time.perf_counter() - begin
-        state.step, state.tokens = state.step + 1, state.tokens + tokens
-        state.seconds += seconds
-        if state.step == settings.steps or _due(state.step, settings.log_every):
-            self._record(
-                {
-                    "kind": "step",
-                    "step": state.step,
-                    "loss": value,
-                    "gradient_norm": norm.item(),
-                    "learning_rate": rate,
-                    "right_by_position": (sum(shares) / len(shares)).tolist(),  # type: ignore[union-attr]
-                    "tokens_per_second": tokens / seconds,
-                    "seconds": state.seconds,
-                    "seconds_left": (settings.steps - state.step) * state.seconds / state.step,
-                }
-            )
+        self.state.seconds += self._since.add(launched)
+
+    def _log(self) -> None:
+        since, state = self._since, self.state
+        launched = since.last
+        if launched is None:
+            return
+        numbers: Any = launched.numbers.tolist()
+        loss, norm = numbers
+        progress = self.settings.progress(state.step, self.clock)
+        seconds = max(since.seconds, 1e-9)
+        self._record(
+            {
+                "kind": "step",
+                "step": state.step,
+                "loss": loss,
+                "gradient_norm": norm,
+                "learning_rate": launched.rate,
+                "right_by_position": launched.shares.tolist(),
+                "tokens_per_second": since.tokens / seconds,
+                "blocks_per_second": since.blocks / seconds,
+                "progress": progress,
+                "seconds": state.seconds,
+                "seconds_left": self._seconds_left(progress, since.seconds / since.steps),
+            }
+        )
+        self._since = _Since()
+
+    def _seconds_left(self, progress: float, of_a_step: float) -> float:
+        settings = self.settings
+        ends = []
+        if settings.steps is not None:
+            ends.append((settings.steps - self.state.step) * of_a_step)
+        if settings.max_minutes is not None:
+            ends.append(60 * settings.max_minutes - self.clock)
+        return max(0.0, min(ends))
 
     def _record(self, record: dict[str, Any]) -> None:
         self.folder.log(record)
         self._on_record(record)
 
     def _save(self, measure_too: bool = False) -> None:
-        self.state.optimizer = self.optimizer.state
+        self._settle()
         self.folder.save(self.state, self.drafter, self._card())
         if measure_too:
             self._measure()
@@ -269,6 +334,7 @@ class Trainer:
         documents = self.corpus.held_out[: settings.eval_prompts]
         if not documents:
             return
+        self._settle()
         limit = settings.context - 1
         if self.target.info.context_limit:
             limit = max(1, min(limit, self.target.info.context_limit - settings.eval_tokens))
@@ -292,6 +358,38 @@ class Trainer:
     def close(self) -> None:
         """Put the target back as mlx-lm loaded it."""
         self.target.close()
+
+
+@attrs.frozen(eq=False)
+class _Launched:
+    """A step on the device: its number, [loss, norm], shares of right slots, learning rate, and how
+    many tokens and blocks it took."""
+
+    step: int
+    numbers: mx.array
+    shares: mx.array
+    rate: float
+    tokens: int
+    blocks: int
+
+
+class _Since:
+    """Time and work since the last record, or since training went on."""
+
+    def __init__(self) -> None:
+        self._mark = time.perf_counter()
+        self.seconds = 0.0
+        self.steps = self.tokens = self.blocks = 0
+        self.last: _Launched | None = None
+
+    def add(self, launched: _Launched) -> float:
+        """Count a step that is done; the seconds it took."""
+        now = time.perf_counter()
+        seconds, self._mark = now - self._mark, now
+        self.seconds += seconds
+        self.steps, self.last = self.steps + 1, launched
+        self.tokens, self.blocks = self.tokens + launched.tokens, self.blocks + launched.blocks
+        return seconds
 
 
 def _due(step: int, every: int) -> bool:

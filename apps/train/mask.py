@@ -1,11 +1,13 @@
 """Which keys a query sees when all blocks of a sequence train in one pass.
 
-Keys are [S context rows | N * T block rows], queries the N * T block rows:
+A query sees context before its block's anchor, and its own block; no other block:
 
                  context (S)            block 0   block 1   block 2
     block 0   1 1 1 . . . . . . . .     1 1 1 1   . . . .   . . . .    anchor_0 = 3
     block 1   1 1 1 1 1 1 . . . . .     . . . .   1 1 1 1   . . . .    anchor_1 = 6
     block 2   1 1 1 1 1 1 1 1 1 . .     . . . .   . . . .   1 1 1 1    anchor_2 = 9
+
+The keys of other blocks are never even computed: a query has S + T keys, not S + N * T.
 """
 
 from __future__ import annotations
@@ -28,19 +30,15 @@ def block_mask(
         window: W of a sliding layer: context is seen iff query - key < W. None is all of it.
 
     Returns:
-        [R, 1, N*T, S + N*T] bool. Block j sees context before anchor_j, and itself.
+        [R, N, T, S + T] bool, over [context | own block].
     """
     rows, blocks = anchors.shape
     slot = mx.arange(block)
-    query = (anchors[:, :, None] + slot).reshape(rows, blocks * block, 1)
-    begin = mx.repeat(anchors, block, axis=1)[:, :, None]
-    key = mx.arange(context)[None, None]
-    seen = key < begin
+    begin = anchors[:, :, None, None]
+    key = mx.arange(context)
+    seen = mx.broadcast_to(key < begin, (rows, blocks, block, context))
     if window is not None:
-        seen = seen & (query - key < window)
-    owner, inner = mx.repeat(mx.arange(blocks), block), mx.tile(slot, [blocks])
-    own = owner[:, None] == owner[None]
-    if causal:
-        own = own & (inner[None] <= inner[:, None])
-    own = mx.broadcast_to(own[None], (rows, *own.shape))
-    return mx.concatenate([seen, own], axis=-1)[:, None]
+        seen = seen & (begin + slot[:, None] - key < window)
+    own = slot[None] <= slot[:, None] if causal else mx.ones((block, block), dtype=mx.bool_)
+    own = mx.broadcast_to(own, (rows, blocks, block, block))
+    return mx.concatenate([seen, own], axis=-1)

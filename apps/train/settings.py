@@ -25,7 +25,9 @@ class TrainSettings:
     """One training run.
 
     Attributes:
-        steps: optimizer updates.
+        steps: optimizer updates; None where only `max_minutes` ends the run.
+        max_minutes: the run ends after so long, and the learning rate follows the clock. Counted
+            without the first step of a process (which compiles kernels), saving and measuring.
         batch: sequences of a forward.
         accumulate: forwards of an update.
         context: tokens of a sequence at most.
@@ -38,14 +40,18 @@ class TrainSettings:
         weighting: one of `WEIGHTINGS`.
         gamma: of the weights exp(-(k-1)/gamma); None is the paper's for the block size.
         alpha: a of the D-PACE weights.
+        compile: whether a step is traced once and fused (`mx.compile`): every batch then has the
+            same shape. The first step takes long, the others less.
         compute: type of the forward; weights and optimizer are float32 in any case.
         seed: of weights, order and anchors.
         held_out: share of the documents kept apart for tau.
-        eval_prompts, eval_tokens: of each measurement of tau.
+        eval_prompts, eval_tokens: of each measurement of tau; without prompts nothing is measured.
+        eval_first: whether tau is measured before the first step too.
         eval_every, save_every, log_every: steps between; 0 is only at the end.
     """
 
-    steps: int = 1000
+    steps: int | None = 1000
+    max_minutes: float | None = None
     batch: int = 8
     accumulate: int = 1
     context: int = 2048
@@ -60,11 +66,13 @@ class TrainSettings:
     weighting: str = "decay"
     gamma: float | None = None
     alpha: float = 0.5
+    compile: bool = False
     compute: str = "float32"
     seed: int = 0
     held_out: float = 0.05
     eval_prompts: int = 8
     eval_tokens: int = 64
+    eval_first: bool = True
     eval_every: int = 250
     save_every: int = 250
     log_every: int = 10
@@ -75,10 +83,11 @@ class TrainSettings:
         Raises:
             UsageError: one of them does not; names it.
         """
-        for name in ("steps", "batch", "accumulate", "anchors", "eval_prompts", "eval_tokens"):
+        self._check_length()
+        for name in ("batch", "accumulate", "anchors", "eval_tokens"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("eval_every", "save_every", "log_every", "weight_decay"):
+        for name in ("eval_prompts", "eval_every", "save_every", "log_every", "weight_decay"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.context < block_size + 1:
@@ -88,6 +97,15 @@ class TrainSettings:
                 f"give a context of at least {block_size + 1}, or a smaller block",
             )
         self._check_numbers()
+
+    def _check_length(self) -> None:
+        steps, minutes = self.steps, self.max_minutes
+        if steps is None and minutes is None:
+            raise UsageError("a run needs an end", "give steps or max_minutes")
+        if steps is not None and steps < 1:
+            raise UsageError(f"steps must be at least 1, got {steps}")
+        if minutes is not None and not (math.isfinite(minutes) and minutes > 0):
+            raise UsageError(f"max_minutes must be above 0, got {minutes}")
 
     def _check_numbers(self) -> None:
         for name in ("learning_rate", "clip"):
@@ -105,17 +123,32 @@ class TrainSettings:
         if not 0 <= self.alpha <= 1 or (self.gamma is not None and self.gamma <= 0):
             raise UsageError("alpha lies in 0..1, and gamma above 0")
 
-    def rate(self, step: int) -> float:
-        """The learning rate of update `step`, from 0: linear warm-up, then a cosine."""
-        warm = math.ceil(self.warmup * self.steps)
-        if step < warm:
-            return self.learning_rate * (step + 1) / warm
-        done = (step - warm) / max(1, self.steps - warm)
+    def progress(self, step: int, clock: float = 0.0) -> float:
+        """Share 0..1 of the run that is done after `step` updates and `clock` seconds."""
+        by_step = 0.0 if self.steps is None else step / self.steps
+        by_clock = 0.0 if self.max_minutes is None else clock / (60 * self.max_minutes)
+        return min(1.0, max(by_step, by_clock))
+
+    def rate(self, step: int, clock: float = 0.0) -> float:
+        """The learning rate of update `step`, from 0: linear warm-up, then a cosine, over the steps
+        or the time, whichever is further."""
+        done = self.progress(step, clock)
+        if self.steps is not None and self.max_minutes is None:
+            warm = math.ceil(self.warmup * self.steps)
+            if step < warm:
+                return self.learning_rate * (step + 1) / warm
+            begin = warm / self.steps
+        else:
+            if done < self.warmup:
+                return self.learning_rate * max(done / self.warmup, 0.01)
+            begin = self.warmup
+        share = (done - begin) / max(1e-9, 1 - begin)
         low = self.min_rate
-        return self.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done)))
+        return self.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * share)))
 
     def shaping(self) -> dict[str, object]:
         """What the losses depend on: a run can only be resumed with the same."""
-        free = {"eval_prompts", "eval_tokens", "eval_every", "save_every", "log_every"}
+        free = {"eval_prompts", "eval_tokens", "eval_first", "eval_every", "save_every",
+                "log_every", "compile"}  # fmt: skip
         values = {k: v for k, v in attrs.asdict(self).items() if k not in free}
         return {**values, "betas": list(self.betas)}

@@ -43,32 +43,42 @@ class BlockBatch:
 def _attend(
     attention: Any, x: mx.array, context: mx.array, anchors: mx.array, mask: mx.array
 ) -> mx.array:
-    """Attention of block rows [R, N*T, D] over context rows [R, S, D] and their blocks."""
+    """Attention of block rows [R, N*T, D] over context rows [R, S, D] and their own blocks.
+
+    Two products and one softmax: a block is compared with the context and itself, so that the work
+    grows with N * T * (S + T), not with (N * T)^2.
+    """
     rows, blocks = anchors.shape
-    tokens, hidden = x.shape[1] // blocks, x.shape[2]
-    heads, size = attention.heads, attention.head_dim
+    tokens, hidden, width = x.shape[1] // blocks, x.shape[2], context.shape[1]
+    heads, kv_heads, size = attention.heads, attention.kv_heads, attention.head_dim
+    shared = heads // kv_heads
     # Every block is a row of its own for the rotary embedding: positions begin at its anchor.
     single, positions = x.reshape(rows * blocks, tokens, hidden), anchors.reshape(-1)
 
-    def joined(y: mx.array) -> mx.array:
-        """[R*N, H, T, size] -> [R, H, N*T, size]."""
+    def split(y: mx.array, *groups: int) -> mx.array:
+        """[R*N, heads, T, size] -> [R, *groups, N, T, size]."""
         y = y.reshape(rows, blocks, -1, tokens, size).transpose(0, 2, 1, 3, 4)
-        return y.reshape(rows, -1, blocks * tokens, size)
+        return y.reshape(rows, *groups, blocks, tokens, size)
 
     queries = attention.q_norm(
         attention.q_proj(single).reshape(rows * blocks, tokens, heads, size)
     ).transpose(0, 2, 1, 3)
-    queries = attention.rope(queries, offset=positions)
-    own_keys, own_values = attention.keys_values(single, positions)
-    keys, values = attention.keys_values(context, 0)
-    output = mx.fast.scaled_dot_product_attention(
-        joined(queries),
-        mx.concatenate([keys, joined(own_keys)], axis=2),
-        mx.concatenate([values, joined(own_values)], axis=2),
-        scale=attention.scale,
-        mask=mask,
-    )
-    return attention.o_proj(output.transpose(0, 2, 1, 3).reshape(rows, blocks * tokens, -1))
+    queries = split(attention.rope(queries, offset=positions) * attention.scale, kv_heads, shared)
+    own = (split(y, kv_heads, 1) for y in attention.keys_values(single, positions))
+    own_keys, own_values = own
+    keys, values = attention.keys_values(context, 0)  # [R, Hkv, S, size]
+
+    flat = queries.reshape(rows, kv_heads, shared * blocks * tokens, size)
+    to_context = flat @ keys.swapaxes(-1, -2)
+    to_context = to_context.reshape(rows, kv_heads, shared, blocks, tokens, width)
+    scores = mx.concatenate([to_context, queries @ own_keys.swapaxes(-1, -2)], axis=-1)
+    scores = mx.where(mask[:, None, None], scores, mx.array(-mx.inf, scores.dtype))
+    weights = mx.softmax(scores, axis=-1, precise=True)
+    of_context = weights[..., :width].reshape(*flat.shape[:-1], width) @ values
+    output = of_context.reshape(queries.shape) + weights[..., width:] @ own_values
+    # [R, Hkv, g, N, T, size] -> [R, N*T, H*size]
+    output = output.transpose(0, 3, 4, 1, 2, 5).reshape(rows, blocks * tokens, heads * size)
+    return attention.o_proj(output)
 
 
 def block_hidden(

@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from draftloom.apps.train.batches import Batches, labels_after
+from draftloom.apps.train.batches import Batches
 from draftloom.apps.train.data import Document, Packed, pack, read_corpus
 from draftloom.apps.train.settings import TrainSettings
 from draftloom.errors import UsageError
@@ -56,6 +56,14 @@ def test_response_is_trained_on_and_its_prompt_is_not(tmp_path: Path) -> None:
     (document,) = read(file).train
     assert document.tokens == (1, 2, 3, 4, 0)
     assert document.trained == (False, False, True, True, True)
+    assert document.prompt == 2
+
+
+def test_response_of_token_ids_is_trained_on(tmp_path: Path) -> None:
+    file = write(tmp_path / "x.jsonl", {"prompt_ids": [1, 2], "response_ids": [3, 4]})
+    (document,) = read(file, tokenizer=False).train
+    assert document.tokens == (1, 2, 3, 4)
+    assert document.trained == (False, False, True, True)
     assert document.prompt == 2
 
 
@@ -117,6 +125,8 @@ def test_split_is_by_document_and_repeats(tmp_path: Path) -> None:
         ('{"tokens": ["a"]}', "whole numbers"),
         ('{"tokens": [1], "prompt_tokens": 5}', "prompt_tokens"),
         ('{"tokens": 5}', "cannot be used"),
+        ('{"prompt_ids": [1], "response_ids": [true]}', "whole numbers"),
+        ('{"prompt_ids": [1]}', "cannot be used"),
         ('{"prompt": "a"}', "without a"),
         ('{"text": 5}', "a text is needed"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "no assistant message"),
@@ -156,21 +166,47 @@ def test_texts_are_packed_and_chats_are_not() -> None:
     packed = pack(texts, 4, 0)
     assert [p.tokens for p in packed] == [(6, 7, 8, 9), (1, 2, 3, 0), (4, 5, 0)]
     assert packed[1].segments == (0, 0, 0, 0)
-    assert packed[0].anchors() == [1, 2]
 
 
-def test_blocks_do_not_reach_into_the_next_document() -> None:
-    (row,) = pack([document(1, 2, 3), document(4, 5, 6)], 8, 0)
-    assert row.tokens == (1, 2, 3, 0, 4, 5, 6, 0)
-    assert row.anchors() == [1, 2, 4, 5, 6]
-    assert labels_after(row, 1, 4) == ([3, 0, 4, 5], [1.0, 1.0, 0.0, 0.0])
-    assert labels_after(row, 6, 3) == ([0, 0, 0], [1.0, 0.0, 0.0])
+ROWS = {
+    "two-documents": (pack([document(1, 2, 3), document(4, 5, 6)], 8, 0)[0], [1, 2, 4, 5, 6]),
+    "response": (Packed((1, 2, 3, 4, 5), (False, True, True, False, True), (0,) * 5), [1]),
+    "all": (Packed((1, 2, 3, 4), (True,) * 4, (0,) * 4), [1, 2]),
+    "two-of-one": (Packed((1, 2, 3, 4, 5, 6), (True,) * 6, (0, 0, 0, 1, 1, 1)), [1, 3, 4]),
+}
 
 
-def test_labels_end_where_the_response_does() -> None:
-    row = Packed((1, 2, 3, 4, 5), (False, True, True, False, True), (0,) * 5)
-    assert row.anchors() == [1]
-    assert labels_after(row, 1, 3) == ([3, 4, 5], [1.0, 0.0, 0.0])
+def learned_by_hand(row: Packed, anchor: int, slots: int) -> tuple[list[int], list[float]]:
+    """Labels after an anchor, and which of them count, slot by slot."""
+    labels, valid, good = [], [], True
+    for p in range(anchor + 1, anchor + 1 + slots):
+        inside = p < len(row.tokens)
+        good = good and inside and row.trained[p] and row.segments[p] == row.segments[anchor]
+        labels.append(row.tokens[p] if inside else 0)
+        valid.append(float(good))
+    return labels, valid
+
+
+@pytest.mark.parametrize("fixed_shapes", [False, True], ids=["", "fixed-shapes"])
+@pytest.mark.parametrize("slots", [1, 3, 9])
+def test_blocks_and_labels_equal_a_loop_over_slots(slots: int, fixed_shapes: bool) -> None:
+    rows = [row for row, _ in ROWS.values()]
+    settings = TrainSettings(batch=4, anchors=9, compile=fixed_shapes)
+    stream = Batches(rows, lambda n: (mx.zeros((len(n), 8, 4)), None), settings, slots=slots)
+    batch, tokens = stream.batch(0)
+    assert tokens == sum(len(row.tokens) for row in rows)
+    found: Any = {name: getattr(batch, name).tolist() for name in
+                  ("anchors", "anchor_tokens", "labels", "valid")}  # fmt: skip
+    for place, number in enumerate(stream.numbers(0)):
+        row, anchors = list(ROWS.values())[number]
+        count = len(anchors)
+        assert found["anchors"][place][:count] == anchors
+        for block, anchor in enumerate(anchors):
+            labels, valid = learned_by_hand(row, anchor, slots)
+            assert found["anchor_tokens"][place][block] == row.tokens[anchor]
+            assert found["labels"][place][block] == labels
+            assert found["valid"][place][block] == valid
+        assert not any(map(any, found["valid"][place][count:]))
 
 
 def test_nothing_to_train_on_is_an_error() -> None:
@@ -184,29 +220,36 @@ def batches(seed: int = 0) -> Batches:
     return Batches(rows, lambda n: (mx.zeros((len(n), 20, 4)), None), settings, slots=3)
 
 
+def chosen(stream: Batches, index: int) -> list[tuple[int, list[int]]]:
+    """Sequence number and anchors of every row of a batch."""
+    anchors: Any = stream.batch(index)[0].anchors.tolist()
+    return list(zip(stream.numbers(index), anchors, strict=True))
+
+
 def test_an_epoch_takes_every_sequence_once() -> None:
     stream = batches()
-    numbers = [n for i in range(5) for n in stream.chosen(i)[0]]
+    numbers = [n for i in range(5) for n in stream.numbers(i)]
     assert sorted(numbers[:5]) == sorted(numbers[5:]) == list(range(5))
 
 
 def test_anchors_are_drawn_anew_each_epoch_and_repeat_with_the_seed() -> None:
     drawn: dict[int, list[list[int]]] = {}
     for i in range(5):
-        for number, anchors in zip(*batches().chosen(i), strict=True):
+        for number, anchors in chosen(batches(), i):
+            assert anchors == sorted(set(anchors))
+            assert anchors[0] >= 1
+            assert anchors[-1] <= 18
             drawn.setdefault(number, []).append(anchors)
     assert all(first != second for first, second in drawn.values())
-    assert batches().chosen(4) == batches().chosen(4)
-    assert batches(1).chosen(4) != batches().chosen(4)
+    assert chosen(batches(), 4) == chosen(batches(), 4)
+    assert chosen(batches(1), 4) != chosen(batches(), 4)
 
 
-def test_labels_of_a_batch_follow_their_anchors() -> None:
-    batch, tokens = batches().batch(0)
-    assert tokens == 40
-    assert batch.anchor_tokens.shape == (2, 3)
-    anchors: Any = batch.anchors.tolist()
-    labels: Any = batch.labels.tolist()
-    for row in range(2):
-        for place, found in zip(anchors[row], labels[row], strict=True):
-            inside = [p if p < 20 else 0 for p in range(place + 1, place + 4)]
-            assert found == inside
+def test_every_anchor_is_drawn_about_as_often() -> None:
+    row = Packed(tuple(range(12)), (True,) * 12, (0,) * 12)
+    settings = TrainSettings(batch=50, anchors=5)
+    stream = Batches([row], lambda n: (mx.zeros((len(n), 12, 4)), None), settings, slots=3)
+    drawn: Any = [p for i in range(20) for p in stream.batch(i)[0].anchors.reshape(-1).tolist()]  # type: ignore[union-attr]
+    counts = [drawn.count(p) for p in range(12)]
+    assert counts[0] == counts[11] == 0
+    assert all(420 < count < 580 for count in counts[1:11])  # 500 each, deviation 16

@@ -241,6 +241,8 @@ def test_damaged_state_is_named(toy: Path, plugins: PluginManager, tmp_path: Pat
     [
         ({"context": 4}, "a context of 4 tokens is shorter than a block of 4"),
         ({"batch": 0}, "batch must be at least 1"),
+        ({"steps": None}, "a run needs an end"),
+        ({"max_minutes": 0.0}, "max_minutes must be above 0"),
         ({"learning_rate": float("nan")}, "learning_rate must be above 0"),
         ({"loss": "mse"}, "no loss 'mse'"),
         ({"held_out": 1.5}, "held_out is a share"),
@@ -318,3 +320,47 @@ def test_learning_rate_warms_up_and_follows_a_cosine() -> None:
     assert found[55] == pytest.approx(0.55)
     assert found[-1] < 0.11
     assert sorted(found[10:], reverse=True) == found[10:]
+
+
+@pytest.mark.slow
+def test_compiled_step_trains_alike(
+    toy: Path, plugins: PluginManager, whole: Path, tmp_path: Path
+) -> None:
+    """Fixed shapes and fused operations: other orders of summation, the same losses."""
+    train(request_for(toy, tmp_path / "out", compile=True), plugins)
+    for mine, theirs in zip(losses(tmp_path / "out"), losses(whole), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)
+
+
+def test_run_ends_with_its_time(toy: Path, plugins: PluginManager, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    request = request_for(toy, out, steps=None, max_minutes=0.5 / 60, eval_first=False)
+    records = train(request, plugins)
+    steps = [r for r in records if r["kind"] == "step"]
+    assert len(steps) > 2
+    assert steps[-1]["progress"] == 1
+    assert steps[-2]["progress"] < 1
+    assert 0.5 <= steps[-1]["seconds"] < 5
+    assert steps[-1]["learning_rate"] < 0.2 * max(r["learning_rate"] for r in steps)
+    assert [r["step"] for r in records if r["kind"] == "held-out"] == [steps[-1]["step"]]
+    assert (out / "model.safetensors").is_file()
+
+
+def test_nothing_is_measured_where_that_is_not_wanted(
+    toy: Path, plugins: PluginManager, tmp_path: Path
+) -> None:
+    records = train(request_for(toy, tmp_path / "out", steps=2, eval_prompts=0), plugins)
+    assert {r["kind"] for r in records} == {"first-step", "step"}
+    assert "Nothing was measured" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_schedule_over_steps_and_over_time() -> None:
+    by_steps = TrainSettings(steps=100, warmup=0.1, learning_rate=1.0)
+    assert [by_steps.rate(n) for n in (0, 9, 10)] == pytest.approx([0.1, 1.0, 1.0])
+    assert by_steps.rate(55) == pytest.approx(0.5)
+    by_time = TrainSettings(steps=None, max_minutes=1.0, warmup=0.1, learning_rate=1.0)
+    clocks = [by_time.rate(7, seconds) for seconds in (3.0, 6.0, 33.0, 60.0)]
+    assert clocks == pytest.approx([0.5, 1.0, 0.5, 0.0])
+    both = TrainSettings(steps=100, max_minutes=1.0)
+    assert both.progress(30, 6.0) == pytest.approx(0.3)
+    assert both.progress(30, 42.0) == pytest.approx(0.7)

@@ -1,0 +1,83 @@
+"""Gradients and optimizer updates as functions of arrays alone, traced once if that is asked for.
+
+Nothing here reads a number back: a step is launched, and the next one prepared, while the device
+works.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+import mlx.core as mx
+import mlx.optimizers as optim
+from mlx.utils import tree_map
+
+from .settings import TrainSettings
+from .step import BlockBatch, DrafterLoss
+
+__all__ = ["Updates", "make_optimizer"]
+
+
+def make_optimizer(settings: TrainSettings) -> optim.Optimizer:
+    """The optimizer that the settings ask for."""
+    return optim.AdamW(
+        settings.learning_rate,
+        betas=list(settings.betas),
+        weight_decay=settings.weight_decay,
+        bias_correction=True,
+    )
+
+
+class Updates:
+    """The two halves of a step.
+
+    Args:
+        loss: of a batch.
+        optimizer: its state is exchanged by every call.
+        settings: clipping, and whether to compile.
+    """
+
+    def __init__(
+        self, loss: DrafterLoss, optimizer: optim.Optimizer, settings: TrainSettings
+    ) -> None:
+        self._loss, self._optimizer, self._clip = loss, optimizer, settings.clip
+        wrap: Any = mx.compile if settings.compile else (lambda function: function)
+        self._gradients = wrap(self._traced_gradients)
+        self._update = wrap(self._traced_update)
+
+    def _traced_gradients(self, parameters: Any, arrays: dict[str, mx.array]) -> Any:
+        (loss, shares), gradient = self._loss.gradients(parameters, BlockBatch(**arrays))
+        return loss, shares, gradient
+
+    def _traced_update(self, parameters: Any, state: Any, gradient: Any, rate: mx.array) -> Any:
+        self._optimizer.state = state
+        self._optimizer.learning_rate = rate
+        clipped, norm = optim.clip_grad_norm(gradient, self._clip)
+        parameters = self._optimizer.apply_gradients(clipped, parameters)
+        return parameters, self._optimizer.state, norm
+
+    def gradients(self, parameters: Any, batch: BlockBatch) -> tuple[mx.array, mx.array, Any]:
+        """Loss, [K] shares of right slots, and gradients; all lazy."""
+        arrays = attrs.asdict(batch, recurse=False)
+        return self._gradients(  # type: ignore[no-any-return]
+            parameters, {name: value for name, value in arrays.items() if value is not None}
+        )
+
+    def apply(
+        self, parameters: Any, state: Any, gradients: list[Any], rate: float
+    ) -> tuple[Any, Any, mx.array]:
+        """New parameters, new optimizer state and the norm of the gradient; all lazy.
+
+        Args:
+            parameters: float32.
+            state: of the optimizer.
+            gradients: one or more, whose mean is taken.
+            rate: learning rate.
+        """
+        total = gradients[0]
+        if len(gradients) > 1:
+            total = tree_map(lambda *parts: sum(parts[1:], parts[0]) / len(parts), *gradients)
+        return self._update(  # type: ignore[no-any-return]
+            parameters, state, total, mx.array(rate, dtype=mx.float32)
+        )
