@@ -14,6 +14,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from draftloom.api import load, stream_generate
     from draftloom.builder import PipelineBuilder
+    from draftloom.checkpoint import (
+        CandidateSelector,
+        ConfidenceHead,
+        DrafterDescription,
+        DynamicConvolution,
+        MarkovHead,
+        WindowRule,
+    )
     from draftloom.contracts import (
         AcceptancePolicy,
         Bindable,
@@ -43,6 +51,7 @@ if TYPE_CHECKING:
         WidthPolicy,
     )
     from draftloom.errors import (
+        CheckpointWarning,
         DrafterFallbackWarning,
         DraftloomError,
         GenerationError,
@@ -79,10 +88,13 @@ __all__ = [
     "Blueprint",
     "CacheKind",
     "CacheRollback",
+    "CandidateSelector",
     "Checkable",
+    "CheckpointWarning",
     "Chunk",
     "ComponentInfo",
     "ComponentSpec",
+    "ConfidenceHead",
     "CycleEvent",
     "CycleNode",
     "Draft",
@@ -90,8 +102,10 @@ __all__ = [
     "DraftRequest",
     "DraftSession",
     "Drafter",
+    "DrafterDescription",
     "DrafterFallbackWarning",
     "DraftloomError",
+    "DynamicConvolution",
     "FailureEvent",
     "GenerateOptions",
     "GenerationError",
@@ -102,6 +116,7 @@ __all__ = [
     "InsertSpec",
     "LayerSpeculation",
     "LoadedModel",
+    "MarkovHead",
     "ModelError",
     "ModelInfo",
     "Need",
@@ -130,6 +145,7 @@ __all__ = [
     "Verifier",
     "Width",
     "WidthPolicy",
+    "WindowRule",
     "__version__",
     "hookimpl",
     "load",
@@ -142,6 +158,14 @@ _EXPORTS = {
         "stream_generate",
     ),
     "builder": ("PipelineBuilder",),
+    "checkpoint": (
+        "CandidateSelector",
+        "ConfidenceHead",
+        "DrafterDescription",
+        "DynamicConvolution",
+        "MarkovHead",
+        "WindowRule",
+    ),
     "contracts": (
         "AcceptancePolicy",
         "Bindable",
@@ -171,6 +195,7 @@ _EXPORTS = {
         "WidthPolicy",
     ),
     "errors": (
+        "CheckpointWarning",
         "DrafterFallbackWarning",
         "DraftloomError",
         "GenerationError",

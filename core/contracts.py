@@ -125,6 +125,8 @@ class ComponentInfo:
         max_width: drafters: the most draft tokens it can propose; None is no limit.
         model_options: options that name a model (folder or repository); the builder turns them
             into local folders before the component is made.
+        checkpoint_options: those of them that name a drafter checkpoint; the builder hands over
+            what a checkpoint format reads of it (`DrafterDescription`), the folder where none does.
         nested_options: options that hold other drafters; the builder makes those first.
         inputs: inserted nodes: ports it reads.
         outputs: inserted nodes: ports it writes; one it also reads is rewritten in place.
@@ -140,6 +142,7 @@ class ComponentInfo:
     default_width: int = 4
     max_width: int | None = None
     model_options: tuple[str, ...] = ()
+    checkpoint_options: tuple[str, ...] = ()
     nested_options: tuple[str, ...] = ()
     inputs: tuple[Port, ...] = ()
     outputs: tuple[Port, ...] = ()

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 import attrs
 
 __all__ = [
+    "CheckpointWarning",
     "DrafterFallbackWarning",
     "DraftloomError",
     "GenerationError",
@@ -127,6 +128,10 @@ class GenerationError(DraftloomError):
     def __init__(self, message: str, hint: str = "", token_ids: Sequence[int] = ()) -> None:
         super().__init__(message, hint)
         self.token_ids = tuple(token_ids)
+
+
+class CheckpointWarning(UserWarning):
+    """A drafter checkpoint holds config keys that nobody reads; names them."""
 
 
 class DrafterFallbackWarning(UserWarning):

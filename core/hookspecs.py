@@ -7,13 +7,14 @@ answer (third parties are asked before the built-ins), *observe* hooks are told 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import pluggy
 
 if TYPE_CHECKING:
+    from draftloom.checkpoint import DrafterDescription
     from draftloom.contracts import CacheKind, ComponentInfo, LoadedModel, TargetInfo
     from draftloom.errors import Problem
     from draftloom.events import CycleEvent, FailureEvent, GenerationStats, PrefillEvent
@@ -133,8 +134,23 @@ def resolve_drafter(target: TargetInfo, model: ModelInfo) -> ComponentSpec | Non
 
 
 @hookspec(firstresult=True)
-def resolve_drafter_checkpoint(model: ModelInfo) -> ComponentSpec | None:
-    """The drafter that serves a checkpoint the user named by folder or repository."""
+def read_drafter_checkpoint(model: ModelInfo) -> DrafterDescription | None:
+    """What a drafter checkpoint is, in the form that every drafter understands.
+
+    Called when a checkpoint is named by folder or repository, and for the options of a drafter that
+    name one (`ComponentInfo.checkpoint_options`). None: not my format. Raise `ModelError` for a
+    config of your format that cannot be used; name the key.
+    """
+
+
+@hookspec(firstresult=True)
+def resolve_drafter_checkpoint(
+    model: ModelInfo, describe: Callable[[], DrafterDescription | None]
+) -> ComponentSpec | None:
+    """The drafter that serves a checkpoint the user named by folder or repository.
+
+    `describe()` asks `read_drafter_checkpoint`.
+    """
 
 
 # --- check ----------------------------------------------------------------------------------

@@ -68,7 +68,10 @@ class ModelInfo:
             config = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ModelError(f"{file} cannot be read: {error}", "download it again") from error
-        if not isinstance(config, dict) or not config.get("model_type"):
+        named = isinstance(config, dict) and (
+            config.get("model_type") or config.get("architectures")
+        )
+        if not named:
             raise ModelError(f"{file} has no model_type", "is it a model's config.json?")
         return cls(name, path, config)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Iterable, Mapping
+from functools import partial
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
 from types import ModuleType
@@ -28,6 +29,7 @@ from draftloom.errors import (
 from draftloom.model_info import ModelInfo
 
 if TYPE_CHECKING:
+    from draftloom.checkpoint import DrafterDescription
     from draftloom.graph import Graph
     from draftloom.spec import ComponentSpec
 
@@ -353,9 +355,26 @@ class PluginManager:
             target=target, model=model
         )
 
+    def describe_checkpoint(self, model: ModelInfo) -> DrafterDescription | None:
+        """What a drafter checkpoint is; None where it is of no known format.
+
+        Raises:
+            ModelError: a config that cannot be used, or one for a drafter that nobody registers.
+        """
+        found: DrafterDescription | None = self.hook.read_drafter_checkpoint(model=model)
+        if found is not None and found.drafter not in self._components["drafter"]:
+            raise UnsupportedModelError(
+                f"{model.name} is a checkpoint of format {found.format} for the drafter "
+                f"{found.drafter!r}, which nobody registers",
+                f"drafters: {', '.join(self.names('drafter'))}",
+            )
+        return found
+
     def drafter_for_checkpoint(self, model: ModelInfo) -> ComponentSpec | None:
         """The drafter that serves a checkpoint; None where nobody knows its format."""
-        return self.hook.resolve_drafter_checkpoint(model=model)  # type: ignore[no-any-return]
+        return self.hook.resolve_drafter_checkpoint(  # type: ignore[no-any-return]
+            model=model, describe=partial(self.describe_checkpoint, model)
+        )
 
     def check_graph(self, graph: Graph) -> list[Problem]:
         """Problems that plugins see in a graph."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import attrs
 
+from draftloom.checkpoint import DrafterDescription
 from draftloom.contracts import (
     AcceptancePolicy,
     CacheKind,
@@ -175,8 +176,12 @@ class Resolver:
         """Options as the factory takes them: models located, nested drafters made. None where a
         nested one has problems, which are noted."""
         for name in info.model_options:
-            if isinstance(options.get(name), str):
-                options[name] = self.plugins.locate_model(options[name])
+            given = options.get(name)
+            if isinstance(given, str):
+                options[name] = self.plugins.locate_model(given)
+            if name in info.checkpoint_options and isinstance(options.get(name), Path):
+                model = ModelInfo.from_path(options[name], str(given))
+                options[name] = self.plugins.describe_checkpoint(model) or options[name]
         for name in info.nested_options:
             if name in options:
                 stages = options[name]
@@ -309,6 +314,7 @@ class Resolver:
             ("target", f"{target.name} ({target.model_type}, {target.num_layers} layers)"),
             ("adapter", target.adapter),
             ("dtype", self.spec.dtype),
+            *_checkpoint_note(drafter),
         )
         standard = standard_nodes(
             _width_name(width),
@@ -391,6 +397,17 @@ class Resolver:
             message = f"block size {tokens + 1} is above the drafter's {info.max_width + 1}"
             hint = f"{info.name!r} proposes at most {info.max_width} tokens"
             self._problem("width", message, hint)
+
+
+def _checkpoint_note(drafter: Any) -> tuple[tuple[str, str], ...]:
+    """What the drafter's checkpoint is, where it has one that a format read."""
+    found = getattr(drafter, "description", None)
+    if not isinstance(found, DrafterDescription):
+        return ()
+    note = f"{found.name} (format {found.format}, block {found.block_size})"
+    if found.unread:
+        note += f", keys not read: {', '.join(found.unread)}"
+    return (("checkpoint", note),)
 
 
 def _all_problems(component: Checkable, target: TargetInfo) -> list[Problem]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from draftloom.checkpoint import DrafterDescription
 from draftloom.hookspecs import Register, hookimpl
 from draftloom.model_info import ModelInfo
 from draftloom.spec import ComponentSpec
 
-__all__ = ["register_drafters", "resolve_drafter_checkpoint"]
+__all__ = ["read_drafter_checkpoint", "register_drafters", "resolve_drafter_checkpoint"]
 
 
 @hookimpl
@@ -20,10 +23,20 @@ def register_drafters(register: Register) -> None:
 
 
 @hookimpl(trylast=True)
-def resolve_drafter_checkpoint(model: ModelInfo) -> ComponentSpec | None:
-    """dflash for its checkpoints; any other model drafts autoregressively."""
-    from .dflash.config import is_dflash
+def read_drafter_checkpoint(model: ModelInfo) -> DrafterDescription | None:
+    """speculators, DSpark, SpecForge, z-lab (DFlash and DFlash 2)."""
+    from .formats import describe_checkpoint
 
-    if is_dflash(model):
-        return ComponentSpec.make("dflash", {"checkpoint": model.name})
+    return describe_checkpoint(model)
+
+
+@hookimpl(trylast=True)
+def resolve_drafter_checkpoint(
+    model: ModelInfo, describe: Callable[[], DrafterDescription | None]
+) -> ComponentSpec | None:
+    """The drafter that the checkpoint's description names; any other model drafts
+    autoregressively."""
+    description = describe()
+    if description is not None:
+        return ComponentSpec.make(description.drafter, {"checkpoint": model.name})
     return ComponentSpec.make("autoregressive", {"model": model.name})

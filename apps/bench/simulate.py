@@ -24,8 +24,7 @@ from mlx_lm.utils import _get_classes
 
 from draftloom.builder import PipelineBuilder
 from draftloom.contracts import BindContext, ComponentInfo, Draft, Preserves
-from draftloom.drafters.dflash import DFlashDrafter
-from draftloom.drafters.dflash.model import DFlashModel
+from draftloom.drafters.dflash import DFlashDrafter, DFlashModel, LoadedDrafter
 from draftloom.errors import UnknownNameError, UsageError
 from draftloom.hookspecs import Register, hookimpl
 from draftloom.plugins import PluginManager
@@ -130,9 +129,9 @@ class SimulatedDFlash(DFlashDrafter):
 
     def bind(self, context: BindContext) -> None:
         """Make the weights, in the type that the target computes in."""
-        self._target = context.target
-        self._model = DFlashModel(self.config)
-        randomize(self._model, self._seed + 1, context.target.embed(mx.array([[0]])).dtype)
+        network = DFlashModel(self.description)
+        randomize(network, self._seed + 1, context.target.embed(mx.array([[0]])).dtype)
+        self._loaded = LoadedDrafter(self.description, network, context.target)
 
 
 class SimulatedAcceptance:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from draftloom.errors import DrafterFallbackWarning
+from draftloom.errors import CheckpointWarning, DrafterFallbackWarning
 
 if TYPE_CHECKING:
     from draftloom.pipeline import GenerationResult
@@ -54,19 +54,22 @@ def say_note(message: str) -> None:
 
 @contextmanager
 def fallback_on_stderr() -> Iterator[None]:
-    """Say a drafter's failure once, as one line, instead of Python's way of showing warnings."""
+    """Say a drafter's failure, or keys of its checkpoint that nobody read, once, as one line
+    instead of Python's way of showing warnings."""
+    ours = (DrafterFallbackWarning, CheckpointWarning)
     said: set[str] = set()
     show = warnings.showwarning
 
     def show_once(message: Warning | str, category: type[Warning], *rest: object) -> None:
-        if not issubclass(category, DrafterFallbackWarning):
+        if not issubclass(category, ours):
             show(message, category, *rest)  # type: ignore[arg-type]
         elif str(message) not in said:
             said.add(str(message))
             say_note(str(message))
 
     with warnings.catch_warnings():
-        warnings.simplefilter("always", DrafterFallbackWarning)
+        for kind in ours:
+            warnings.simplefilter("always", kind)
         warnings.showwarning = show_once  # type: ignore[assignment]
         yield
 

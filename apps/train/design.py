@@ -9,8 +9,9 @@ from typing import Any
 
 import attrs
 
+from draftloom.checkpoint import DrafterDescription
 from draftloom.contracts import TargetInfo
-from draftloom.drafters.dflash.config import DFlashConfig
+from draftloom.drafters.formats import describe_checkpoint
 from draftloom.errors import UsageError
 from draftloom.model_info import ModelInfo
 
@@ -159,20 +160,36 @@ def _check(target: TargetInfo, taps: Sequence[int], block: int, mask: int) -> No
         raise UsageError(f"mask token {mask} is outside the vocabulary of {target.vocab_size}")
 
 
-def read_config(config: dict[str, Any], name: str) -> DFlashConfig:
+def read_config(config: dict[str, Any], name: str) -> DrafterDescription:
     """The config as the drafter reads it."""
-    return DFlashConfig.from_model(ModelInfo(name, None, config))
+    return trainable(ModelInfo(name, None, config))
+
+
+def trainable(model: ModelInfo) -> DrafterDescription:
+    """The description of a checkpoint that can be trained.
+
+    Raises:
+        ModelError: its config cannot be read.
+        UsageError: no DFlash drafter in the z-lab layout.
+    """
+    found = describe_checkpoint(model)
+    if found is None or (found.format, found.drafter) != ("z-lab", "dflash"):
+        kind = "no drafter" if found is None else f"of format {found.format} for {found.drafter!r}"
+        raise UsageError(
+            f"{model.name} is {kind}", "DFlash drafters in the z-lab layout can be trained"
+        )
+    return found
 
 
 def load_init(checkpoint: Path, target: TargetInfo) -> dict[str, Any]:
     """config.json of a drafter to start from.
 
     Raises:
-        ModelError: it is no DFlash checkpoint.
-        UsageError: it does not fit the target.
+        ModelError: its config cannot be read.
+        UsageError: it is no DFlash checkpoint in the z-lab layout, or does not fit the target.
     """
     model = ModelInfo.from_path(checkpoint)
-    problems = list(DFlashConfig.from_model(model).problems(target))
+    problems = list(trainable(model).problems(target))
     if problems:
         raise UsageError(f"--init {checkpoint}: {problems[0].message}", problems[0].hint)
     loaded: dict[str, Any] = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))

@@ -12,9 +12,7 @@ from typing import Any
 import attrs
 import mlx.core as mx
 
-from draftloom.drafters.dflash.config import DFlashConfig
-from draftloom.drafters.dflash.model import DFlashModel
-from draftloom.drafters.dflash.weights import load_weights
+from draftloom.drafters.dflash import DFlashModel, load_network
 from draftloom.errors import DraftloomError, UsageError
 from draftloom.model_info import ModelInfo
 from draftloom.plugins import PluginManager
@@ -23,7 +21,7 @@ from .batches import Batches, Features
 from .card import model_card
 from .checkpoint import RunFolder, TrainState
 from .data import pack, read_corpus
-from .design import DrafterDesign, design_drafter, load_init, read_config
+from .design import DrafterDesign, design_drafter, load_init, read_config, trainable
 from .evaluate import measure
 from .features import FeatureCache, FeatureError, OnlineFeatures
 from .settings import TrainSettings
@@ -181,8 +179,8 @@ class Trainer:
     def _initial(self) -> Any:
         if self.request.init is None:
             return initial_parameters(self.model, self.settings.seed)
-        own = DFlashConfig.from_model(ModelInfo.from_path(self.request.init))
-        return load_weights(self.request.init, own, mx.float32).parameters()
+        own = trainable(ModelInfo.from_path(self.request.init))
+        return load_network(own, mx.float32)[0].parameters()
 
     @property
     def clock(self) -> float:

@@ -9,8 +9,8 @@ import attrs
 import mlx.core as mx
 from mlx.utils import tree_map
 
+from draftloom.checkpoint import DrafterDescription
 from draftloom.contracts import TargetAdapter
-from draftloom.drafters.dflash.config import DFlashConfig
 from draftloom.drafters.dflash.model import DFlashModel
 
 from .mask import block_mask
@@ -113,7 +113,7 @@ def block_hidden(
 
 
 def block_logits(
-    model: DFlashModel, config: DFlashConfig, target: TargetAdapter, batch: BlockBatch
+    model: DFlashModel, config: DrafterDescription, target: TargetAdapter, batch: BlockBatch
 ) -> mx.array:
     """Logits [R, N, K, V] float32 of the draft slots, soft cap included."""
     rows, blocks, slots = batch.labels.shape
@@ -168,7 +168,7 @@ class DrafterLoss:
     def __init__(
         self,
         model: DFlashModel,
-        config: DFlashConfig,
+        config: DrafterDescription,
         target: TargetAdapter,
         settings: TrainSettings,
     ) -> None:

@@ -1,6 +1,14 @@
 """DFlash: a block-diffusion drafter that reads the target's hidden states."""
 
-from .config import DFlashConfig
+from .block import BlockContext, LoadedDrafter, load_drafter, load_network
 from .drafter import DFlashDrafter
+from .model import DFlashModel
 
-__all__ = ["DFlashConfig", "DFlashDrafter"]
+__all__ = [
+    "BlockContext",
+    "DFlashDrafter",
+    "DFlashModel",
+    "LoadedDrafter",
+    "load_drafter",
+    "load_network",
+]

@@ -16,20 +16,20 @@ import mlx.nn as nn
 from mlx_lm.models.cache import KVCache
 from mlx_lm.models.rope_utils import initialize_rope
 
+from draftloom.checkpoint import DrafterDescription, WindowRule
 from draftloom.device import on_cuda
-
-from .config import DFlashConfig
 
 __all__ = ["DFlashModel"]
 
 
 class _Attention(nn.Module):
-    def __init__(self, config: DFlashConfig, sliding: bool) -> None:
+    def __init__(self, config: DrafterDescription, sliding: bool) -> None:
         super().__init__()
         self.heads, self.kv_heads = config.num_heads, config.num_kv_heads
         self.head_dim = config.head_dim
         self.scale = config.head_dim**-0.5
         self.window = config.sliding_window if sliding else None
+        self.window_from_anchor = config.window_rule is WindowRule.BLOCK
         self.causal = sliding if config.is_causal is None else config.is_causal
         size = config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, config.num_heads * size, bias=False)
@@ -78,20 +78,22 @@ class _Attention(nn.Module):
         """Which keys [T, length] a query may see; None is all. Rows from context + T on are
         allocated and not written."""
         window, end = self.window, context + tokens
-        if not self.causal and length == end and (window is None or end <= window):
+        reach = context if self.window_from_anchor else end
+        if not self.causal and length == end and (window is None or reach <= window):
             return None
         query = context + mx.arange(tokens)[:, None]
         key = mx.arange(length)[None]
         mask = mx.broadcast_to(key < end, (tokens, length))
         if window is not None:
-            mask = mask & ((query - key < window) | (key >= context))
+            oldest = context - window if self.window_from_anchor else query - window + 1
+            mask = mask & ((key >= oldest) | (key >= context))
         if self.causal:
             mask = mask & (key <= query)
         return mask
 
 
 class _MLP(nn.Module):
-    def __init__(self, config: DFlashConfig) -> None:
+    def __init__(self, config: DrafterDescription) -> None:
         super().__init__()
         size, inner = config.hidden_size, config.intermediate_size
         self.gate_proj = nn.Linear(size, inner, bias=False)
@@ -103,7 +105,7 @@ class _MLP(nn.Module):
 
 
 class _Layer(nn.Module):
-    def __init__(self, config: DFlashConfig, kind: str) -> None:
+    def __init__(self, config: DrafterDescription, kind: str) -> None:
         super().__init__()
         self.self_attn = _Attention(config, sliding=kind == "sliding_attention")
         self.mlp = _MLP(config)
@@ -116,13 +118,22 @@ class _Layer(nn.Module):
 
 
 class DFlashModel(nn.Module):
-    """The network, without embedding and head: those are the target's.
+    """The network. Embedding and head are the target's, but for those that the checkpoint has.
 
     Tensor names are those of the z-lab checkpoints.
+
+    Args:
+        config: the description.
+        own: ``embed_tokens``, ``lm_head``, as far as the checkpoint has them.
     """
 
-    def __init__(self, config: DFlashConfig) -> None:
+    def __init__(self, config: DrafterDescription, own: frozenset[str] = frozenset()) -> None:
         super().__init__()
+        if "embed_tokens" in own:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        if "lm_head" in own:
+            size = config.draft_vocab_size or config.vocab_size
+            self.lm_head = nn.Linear(config.hidden_size, size, bias=False)
         self.fc = nn.Linear(
             len(config.tap_layers) * config.hidden_size, config.hidden_size, bias=False
         )

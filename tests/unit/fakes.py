@@ -325,15 +325,15 @@ DFLASH = {
 
 def write_dflash(folder: Path, weights: bool = True, **changes: Any) -> Path:
     """A random DFlash checkpoint in the layout of the public ones."""
-    from draftloom.drafters.dflash.config import DFlashConfig
-    from draftloom.drafters.dflash.model import DFlashModel
+    from draftloom.drafters.dflash import DFlashModel
+    from draftloom.drafters.formats import describe_checkpoint
     from draftloom.model_info import ModelInfo
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(DFLASH | changes))
     if weights:
         mx.random.seed(7)
-        network = DFlashModel(DFlashConfig.from_model(ModelInfo.from_path(folder)))
+        network = DFlashModel(describe_checkpoint(ModelInfo.from_path(folder)))  # type: ignore
         tensors = dict(tree_flatten(network.parameters()))
         mx.save_safetensors(str(folder / "model.safetensors"), tensors)
     return folder

@@ -20,7 +20,7 @@ from draftloom.apps.bench.simulate import (
 )
 from draftloom.apps.bench.stages import STAGES, _Clock, _instrumented, time_stages
 from draftloom.apps.bench.subjects import Subject
-from draftloom.drafters.dflash import DFlashConfig
+from draftloom.drafters.formats import describe_checkpoint
 from draftloom.errors import UnknownNameError, UsageError
 from draftloom.plugins import PluginManager
 from tests.support.models import build
@@ -73,9 +73,10 @@ def test_shapes_describe_a_target_and_a_drafter_that_fit(name: str) -> None:
     plugins = PluginManager(entry_points=False)
     model = ModelInfo(name, None, shape["target"])
     target = plugins.adapter_for(model).load().describe(model)
-    config = DFlashConfig.from_model(
+    config = describe_checkpoint(
         ModelInfo(name, None, drafter_config(shape["target"], shape["drafter"]))
     )
+    assert config is not None
     assert list(config.problems(target)) == []
     assert len(set(config.tap_layers)) == shape["drafter"]["taps"]
     assert max(config.tap_layers) < target.num_layers

@@ -13,6 +13,7 @@ from draftloom import (
     ComponentInfo,
     ComponentSpec,
     Draft,
+    DrafterDescription,
     DrafterFallbackWarning,
     DraftLaw,
     DraftRequest,
@@ -27,7 +28,7 @@ from draftloom.composite import CompositeRollback
 from draftloom.contracts import BindContext
 from draftloom.drafters.autoregressive import AutoregressiveDrafter
 from draftloom.drafters.cascade import CascadeDrafter
-from draftloom.drafters.dflash.config import DFlashConfig
+from draftloom.drafters.formats import describe_checkpoint
 from draftloom.drafters.none import NoDrafter
 from draftloom.sampling import target_law
 
@@ -323,10 +324,14 @@ def test_weights_that_are_not_there(tmp_path: Path) -> None:
         pipeline_of(configure=lambda b: b.drafter(str(folder)))
 
 
-def config_of(folder: Path, **changes: Any) -> DFlashConfig:
-    return DFlashConfig.from_model(
-        ModelInfo.from_path(write_dflash(folder, weights=False, **changes))
-    )
+def described(folder: Path) -> DrafterDescription:
+    found = describe_checkpoint(ModelInfo.from_path(folder, "a drafter"))
+    assert found is not None
+    return found
+
+
+def config_of(folder: Path, **changes: Any) -> DrafterDescription:
+    return described(write_dflash(folder, weights=False, **changes))
 
 
 def test_old_and_newer_keys_are_read_alike(tmp_path: Path) -> None:
@@ -335,7 +340,7 @@ def test_old_and_newer_keys_are_read_alike(tmp_path: Path) -> None:
     newer["dflash_config"] = {**DFLASH["dflash_config"], "block_size": DFLASH["block_size"]}
     newer["rope_parameters"] = {"rope_type": "default", "rope_theta": newer.pop("rope_theta")}
     (tmp_path / "config.json").write_text(json.dumps(newer))
-    assert DFlashConfig.from_model(ModelInfo.from_path(tmp_path)) == old
+    assert attrs.evolve(described(tmp_path), path=old.path) == old
     assert (old.block_size, old.tap_layers, old.mask_token_id) == (5, (0, 1), 3)
 
 

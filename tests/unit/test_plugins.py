@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 
 import draftloom
@@ -16,6 +17,7 @@ from draftloom import (
     ComponentInfo,
     ComponentSpec,
     Drafter,
+    DrafterDescription,
     GenerationError,
     GraphError,
     LoadedModel,
@@ -30,9 +32,10 @@ from draftloom import (
     hookimpl,
     hookspecs,
 )
+from draftloom.drafters.formats import describe_checkpoint
 from draftloom.drafters.none import NoDrafter
 
-from .fakes import ATTENTION, PROMPT, Offer, model, plain, plugins, write_config
+from .fakes import ATTENTION, DFLASH, PROMPT, Offer, model, plain, plugins, write_config
 
 
 class Options:
@@ -302,6 +305,13 @@ def test_listing_of_built_ins() -> None:
 # --- who is asked first ----------------------------------------------------------------------
 
 
+def description(**changes: Any) -> DrafterDescription:
+    """A checkpoint of a third party's own format."""
+    found = describe_checkpoint(ModelInfo("theirs", None, DFLASH))
+    assert found is not None
+    return attrs.evolve(found, format="my-lab", **changes)
+
+
 class Claims:
     """An adapter that claims every model."""
 
@@ -330,6 +340,10 @@ def test_third_parties_are_asked_before_the_built_ins(tmp_path: Path) -> None:
         def resolve_drafter_checkpoint(self, model: ModelInfo) -> ComponentSpec:
             return ComponentSpec("none")
 
+        @hookimpl
+        def read_drafter_checkpoint(self, model: ModelInfo) -> DrafterDescription:
+            return description(drafter="my-lab.missing")
+
     ours, theirs = plugins(), plugins(Theirs())
     info = ModelInfo.from_path(folder)
     assert ours.locate_model("python-17m") != folder
@@ -339,6 +353,9 @@ def test_third_parties_are_asked_before_the_built_ins(tmp_path: Path) -> None:
     assert theirs.rollback_for(CacheKind.ATTENTION, None) == "snapshot"
     assert ours.drafter_for_checkpoint(info).use == "autoregressive"
     assert theirs.drafter_for_checkpoint(info).use == "none"
+    assert ours.describe_checkpoint(info) is None
+    with pytest.raises(UnsupportedModelError, match=r"'my-lab\.missing', which nobody registers"):
+        theirs.describe_checkpoint(info)
 
 
 def test_a_third_partys_adapter_may_claim_a_model_that_a_built_in_serves(tmp_path: Path) -> None:
@@ -462,8 +479,15 @@ class RecordingPlugin:
         return ComponentSpec("recording.drafter")
 
     @hookimpl
-    def resolve_drafter_checkpoint(self, model: ModelInfo) -> ComponentSpec:
+    def read_drafter_checkpoint(self, model: ModelInfo) -> DrafterDescription:
         self._note(model.name)
+        return description()
+
+    @hookimpl
+    def resolve_drafter_checkpoint(
+        self, model: ModelInfo, describe: Callable[[], DrafterDescription | None]
+    ) -> ComponentSpec:
+        self._note((model.name, describe()))
         return ComponentSpec("recording.drafter")
 
     @hookimpl
@@ -560,7 +584,8 @@ def test_every_hook_is_called(recording: RecordingPlugin, tmp_path: Path) -> Non
     assert calls["resolve_target_adapter"][0] == ATTENTION["model_type"]
     assert set(calls["resolve_cache_rollback"]) == {CacheKind.ATTENTION}
     assert calls["resolve_drafter"][0] == "recording:tiny"
-    assert calls["resolve_drafter_checkpoint"] == [str(checkpoint)] * 2
+    assert calls["resolve_drafter_checkpoint"] == [(str(checkpoint), description())] * 2
+    assert calls["read_drafter_checkpoint"] == [str(checkpoint)] * 2
     assert [event.prompt_tokens for event in calls["prefill_finished"]] == [len(PROMPT)] * 2
     assert [event.index for event in calls["cycle_finished"]] == [1, 2, 3, 1]
     assert [stats.generated_tokens for stats in calls["generation_finished"]] == [4]

@@ -1,0 +1,199 @@
+"""What the drafters that fill a block of slots share: a loaded checkpoint, and its context."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import mlx.core as mx
+
+from draftloom.checkpoint import DrafterDescription
+from draftloom.contracts import BindContext, ComponentInfo, TargetAdapter
+from draftloom.drafters.formats import StoredWeights, describe_checkpoint, fill
+from draftloom.errors import CheckpointWarning, ModelError
+from draftloom.model_info import ModelInfo
+
+from .model import DFlashModel
+
+__all__ = [
+    "BlockContext",
+    "LoadedDrafter",
+    "described",
+    "load_drafter",
+    "load_network",
+    "with_taps",
+]
+
+MAX_PENDING = 512
+"""Rows of features kept unprojected at most."""
+
+
+def described(checkpoint: Path | DrafterDescription, drafter: str) -> DrafterDescription:
+    """The description of a checkpoint that a drafter is to serve.
+
+    Args:
+        checkpoint: as the builder read it, or a folder of a built-in format.
+        drafter: the name of the drafter.
+
+    Raises:
+        ModelError: no format reads the folder, or another drafter serves it.
+    """
+    found: DrafterDescription | None
+    if isinstance(checkpoint, DrafterDescription):
+        found, name = checkpoint, checkpoint.name
+    else:
+        model = ModelInfo.from_path(Path(checkpoint))
+        found, name = describe_checkpoint(model), model.name
+        if found is None:
+            raise ModelError(
+                f"{name} is not a DFlash checkpoint (architectures {model.architectures})",
+                "an ordinary model drafts through the drafter 'autoregressive'",
+            )
+    if found.drafter != drafter:
+        raise ModelError(
+            f"{name} is a checkpoint of format {found.format} for the drafter {found.drafter!r}, "
+            f"not for {drafter!r}",
+            "name the folder alone: the drafter is then chosen by what it holds",
+        )
+    return found
+
+
+def with_taps(info: ComponentInfo, description: DrafterDescription) -> ComponentInfo:
+    """What a drafter says of itself once its checkpoint is known."""
+    width = description.max_width
+    return attrs.evolve(
+        info, tap_layers=description.tap_layers, default_width=width, max_width=width
+    )
+
+
+@attrs.frozen(eq=False)
+class LoadedDrafter:
+    """A checkpoint's network beside the target it drafts for.
+
+    Attributes:
+        description: of the checkpoint.
+        network: its weights.
+        target: gives embedding and head where the network has none of its own.
+        target_ids: [draft vocabulary] int32, the target's id of each token it proposes; None
+            where those are the same.
+    """
+
+    description: DrafterDescription
+    network: Any
+    target: TargetAdapter
+    target_ids: mx.array | None = None
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """Embeddings [B, T, D] of the target's tokens [B, T], scaled."""
+        own = "embed_tokens" in self.network
+        found: mx.array = self.network.embed_tokens(tokens) if own else self.target.embed(tokens)
+        scale = self.description.embedding_scale
+        return found if scale == 1.0 else found * scale
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """Logits [..., draft vocabulary] of hidden states [..., D], before any soft cap."""
+        own = "lm_head" in self.network
+        found: mx.array = self.network.lm_head(hidden) if own else self.target.head(hidden)
+        return found
+
+    def capped(self, logits: mx.array) -> mx.array:
+        """Logits with the soft cap; it keeps their order."""
+        cap = self.description.softcap
+        return logits if cap is None else cap * mx.tanh(logits / cap)
+
+    def to_target(self, tokens: mx.array) -> mx.array:
+        """The target's ids int32 of tokens of the draft vocabulary."""
+        return tokens.astype(mx.int32) if self.target_ids is None else self.target_ids[tokens]
+
+
+def load_network(
+    description: DrafterDescription, dtype: mx.Dtype, network: Any = DFlashModel
+) -> tuple[Any, mx.array | None]:
+    """The network of a checkpoint folder, and the target's ids of a reduced vocabulary.
+
+    Args:
+        description: of the checkpoint.
+        dtype: that the network is to compute in.
+        network: its class; called with the description and the parts the checkpoint has itself.
+
+    Raises:
+        ModelError: weights missing, corrupt, or not fitting the config; names the tensor.
+    """
+    stored = StoredWeights(description)
+    if stored.target_ids is not None:
+        description = attrs.evolve(description, draft_vocab_size=stored.target_ids.size)
+    made = network(description, stored.own)
+    fill(made, stored, dtype)
+    return made, stored.target_ids
+
+
+def load_drafter(
+    description: DrafterDescription, context: BindContext, network: Any = DFlashModel
+) -> LoadedDrafter:
+    """Load a checkpoint in the type that the target computes in, and say what of its config nobody
+    read (`CheckpointWarning`).
+
+    Raises:
+        ModelError: weights missing, corrupt, or not fitting the config; names the tensor.
+    """
+    if description.unread:
+        warnings.warn(
+            f"{description.label}: config keys that format {description.format} does not know "
+            f"were not read: {', '.join(description.unread)}",
+            CheckpointWarning,
+            stacklevel=2,
+        )
+    dtype = context.target.embed(mx.array([[0]])).dtype
+    made, target_ids = load_network(description, dtype, network)
+    return LoadedDrafter(description, made, context.target, target_ids)
+
+
+class BlockContext:
+    """The context caches of one generation. With the pending features they stand for exactly the
+    committed tokens.
+
+    Features are projected when a draft is asked for, not when they arrive: a parked drafter costs
+    (next to) nothing.
+    """
+
+    def __init__(self, loaded: LoadedDrafter) -> None:
+        self._loaded = loaded
+        self._cache = loaded.network.make_cache()
+        self._pending: list[mx.array] = []
+
+    def observe(self, committed: Sequence[Sequence[int]], features: mx.array | None) -> None:
+        """Take in the features [B, T, F] of committed tokens.
+
+        Raises:
+            ValueError: no features, or rows of different lengths.
+        """
+        if features is None:
+            raise ValueError(f"{self._loaded.description.drafter} needs the target's hidden states")
+        if len({len(row) for row in committed}) > 1:
+            raise ValueError("rows of different lengths cannot share a context cache")
+        self._pending.append(features[:, : len(committed[0])])
+        if sum(rows.shape[1] for rows in self._pending) > MAX_PENDING:
+            self._extend()
+            mx.async_eval([(entry.keys, entry.values) for entry in self._cache])
+
+    def _extend(self) -> None:
+        """Append the pending features to the context."""
+        if self._pending:
+            self._loaded.network.extend(mx.concatenate(self._pending, axis=1), self._cache)
+            self._pending.clear()
+
+    def hidden(self, anchor: mx.array, width: int) -> mx.array:
+        """Hidden states [B, width, D] of the slots that predict the tokens after the anchor [B],
+        from one pass over [anchor, MASK ..]."""
+        self._extend()
+        described, loaded = self._loaded.description, self._loaded
+        shape = (anchor.shape[0], width - 1 + described.first_slot)
+        masks = mx.full(shape, described.mask_token_id, dtype=mx.int32)
+        block = mx.concatenate([anchor[:, None].astype(mx.int32), masks], axis=1)
+        hidden: mx.array = loaded.network(loaded.embed(block), self._cache)
+        hidden = hidden[:, described.first_slot :]
+        scale = described.output_multiplier
+        return hidden if scale == 1.0 else hidden * scale
