@@ -9,10 +9,12 @@ from mlx_lm.models.qwen3_next import Qwen3NextGatedDeltaNet
 
 from draftloom.contracts import CacheKind, TargetInfo
 from draftloom.errors import UnsupportedModelError, UsageError
+from draftloom.kv_cache import KVQuantization
 from draftloom.model_info import ModelInfo
 
 from .base import MlxLmAdapter, describe_model, language_model
 from .gated_delta import RecordingMixer, project_qwen3_5, project_qwen3_next
+from .quantized_kv import why_not_quantized_kv
 
 __all__ = ["MODEL_TYPES", "HybridAdapter"]
 
@@ -55,6 +57,11 @@ class HybridAdapter(MlxLmAdapter):
             )
         )
         return attrs.evolve(info, cache_kinds=kinds, tape_kinds=(CacheKind.GATED_DELTA,))
+
+    @classmethod
+    def why_not_quantized_kv(cls, model: ModelInfo, settings: KVQuantization) -> str:
+        """Why the caches of a model cannot be packed so; empty where they can."""
+        return why_not_quantized_kv(model, settings)
 
     def close(self) -> None:
         """Put every replaced layer and mixer back."""

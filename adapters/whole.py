@@ -11,10 +11,12 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from draftloom.contracts import TargetInfo, TargetOutput
 from draftloom.errors import UnsupportedModelError, UsageError
+from draftloom.kv_cache import KVQuantization
 from draftloom.model_info import ModelInfo
 
 from .base import cache_kind, make_skeleton
 from .parts import Parts
+from .quantized_kv import why_not_quantized_kv
 from .taps import LayerTaps, TapLayer
 
 __all__ = ["WholeModelAdapter", "describe_whole"]
@@ -112,6 +114,11 @@ class WholeModelAdapter:
             )
         self._parts = Parts.of(model) if info.can_tap else None
         self._taps = None if self._parts is None else _Taps(self._parts.layers)
+
+    @classmethod
+    def why_not_quantized_kv(cls, model: ModelInfo, settings: KVQuantization) -> str:
+        """Why the caches of a model cannot be packed so; empty where they can."""
+        return why_not_quantized_kv(model, settings)
 
     def tap(self, layers: Sequence[int]) -> None:
         """Choose the layers whose outputs are returned as features.

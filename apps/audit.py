@@ -12,7 +12,7 @@ take either: a *tie*. Everything else is a *bug*.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
@@ -182,7 +182,12 @@ def judge(position: int, ours: int | None, theirs: int | None, logits: mx.array)
 
 
 def run_reference(
-    model: Any, prompt: Sequence[int], ours: Sequence[int], eos: frozenset[int], limit: int
+    model: Any,
+    prompt: Sequence[int],
+    ours: Sequence[int],
+    eos: frozenset[int],
+    limit: int,
+    kv_cache: Mapping[str, int] | None = None,
 ) -> Reference:
     """Let mlx-lm decode until the text ends or leaves `ours`.
 
@@ -192,6 +197,7 @@ def run_reference(
         ours: the pipeline's tokens.
         eos: tokens that end the text.
         limit: tokens at most.
+        kv_cache: mlx-lm's settings of quantized caches; None for plain ones.
     """
     rows: deque[mx.array] = deque()
 
@@ -201,7 +207,10 @@ def run_reference(
 
     tokens: list[int] = []
     row = mx.zeros((1,))
-    steps = generate_step(mx.array(list(prompt)), model, max_tokens=limit, logits_processors=[keep])
+    settings: Any = kv_cache or {}
+    steps = generate_step(
+        mx.array(list(prompt)), model, max_tokens=limit, logits_processors=[keep], **settings
+    )
     for token, _ in steps:
         row = rows.popleft()  # mlx-lm is one step ahead: the later rows are of later tokens
         index = len(tokens)
@@ -253,12 +262,13 @@ def run_audit(
             )
         model, names = pipeline.model, result.pipeline if generated else pipeline.names
         eos = frozenset(getattr(pipeline.tokenizer, "eos_token_ids", None) or ())
-        context = pipeline.target.context_limit
+        context, kv_cache = pipeline.target.context_limit, pipeline.spec.kv_cache
     # The pipeline is closed: the model is as mlx-lm loaded it.
     entries, dtype = [], ""
+    settings = None if kv_cache is None else attrs.asdict(kv_cache)
     for item in generated:
         limit = max_tokens if context is None else min(max_tokens, context - len(item.prompt))
-        reference = run_reference(model, item.prompt, item.tokens, eos, limit)
+        reference = run_reference(model, item.prompt, item.tokens, eos, limit, settings)
         dtype = str(reference.logits.dtype).removeprefix("mlx.core.")
         entries.append(_compare(item, reference))
     return AuditReport(names, dtype, str(mx.default_device()), tuple(entries))

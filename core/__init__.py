@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from draftloom.events import CycleEvent, FailureEvent, GenerationStats, PrefillEvent
     from draftloom.graph import Graph, Node
     from draftloom.hookspecs import Register, hookimpl
+    from draftloom.kv_cache import KVQuantization
     from draftloom.model_info import ModelInfo
     from draftloom.pipeline import (
         Chunk,
@@ -114,6 +115,7 @@ __all__ = [
     "Graph",
     "GraphError",
     "InsertSpec",
+    "KVQuantization",
     "LayerSpeculation",
     "LoadedModel",
     "MarkovHead",
@@ -221,6 +223,7 @@ _EXPORTS = {
         "Register",
         "hookimpl",
     ),
+    "kv_cache": ("KVQuantization",),
     "model_info": ("ModelInfo",),
     "pipeline": (
         "Chunk",

@@ -58,6 +58,9 @@ class StreamOptions(TypedDict, total=False):
     num_draft_tokens: int
     prompt_cache: list[Any]
     prefill_step_size: int
+    kv_bits: int | None
+    kv_group_size: int
+    quantized_kv_start: int
     prompt_progress_callback: Callable[[int, int], None]
 
 
@@ -110,6 +113,11 @@ def stream_generate(
         builder = builder.drafter(drafter)
     if "num_draft_tokens" in options:
         builder = builder.width(options["num_draft_tokens"])
+    builder = builder.kv_cache(
+        options.get("kv_bits"),
+        options.get("kv_group_size", 64),
+        options.get("quantized_kv_start", 5000),
+    )
     chosen = GenerateOptions(
         max_tokens=None if max_tokens == -1 else max_tokens,
         temperature=options.get("temperature"),

@@ -22,6 +22,7 @@ from draftloom.contracts import (
 )
 from draftloom.engine import EngineParts
 from draftloom.errors import UsageError
+from draftloom.kv_cache import KVQuantization
 from draftloom.model_info import ModelInfo
 from draftloom.pipeline import Pipeline
 from draftloom.plugins import PluginManager
@@ -124,6 +125,19 @@ class PipelineBuilder:
         """Default sampling parameters: temperature, top_p, top_k, min_p, seed."""
         return self._with(sampling=tuple(sorted(params.items())))
 
+    def kv_cache(
+        self, kv_bits: int | None, kv_group_size: int = 64, quantized_kv_start: int = 5000
+    ) -> PipelineBuilder:
+        """Pack the target's key/value caches: bits of a number (None leaves them plain), numbers
+        that share a scale, tokens from which on. Names and meanings are mlx-lm's.
+
+        Raises:
+            UsageError: a value that mlx-lm does not take.
+        """
+        if kv_bits is None:
+            return self._with(kv_cache=None)
+        return self._with(kv_cache=KVQuantization(kv_bits, kv_group_size, quantized_kv_start))
+
     def insert(
         self, use: str, *, after: str = "", before: str = "", **options: Any
     ) -> PipelineBuilder:
@@ -194,6 +208,7 @@ class PipelineBuilder:
             open_speculation=rollback.begin,
             nodes=plan.nodes,
             hook=self.plugins.hook,
+            kv_quantization=plan.spec.kv_cache,
         )
 
 

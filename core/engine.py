@@ -42,6 +42,7 @@ from draftloom.events import (
     PrefillEvent,
 )
 from draftloom.graph import Graph
+from draftloom.kv_cache import KVConversion, KVQuantization
 from draftloom.sampling import SamplingParams, SamplingState
 
 __all__ = ["Engine", "EngineParts", "EngineRequest", "Outcome"]
@@ -61,6 +62,7 @@ class EngineParts:
         open_speculation: the rollback over all caches: (cache, block) -> Speculation.
         nodes: the inserted nodes by node name.
         hook: pluggy's relay, for the observing hooks.
+        kv_quantization: how key/value caches are packed; None leaves them plain.
     """
 
     graph: Graph
@@ -72,6 +74,7 @@ class EngineParts:
     open_speculation: Callable[[list[Any], mx.array], Speculation]
     nodes: Mapping[str, CycleNode]
     hook: Any
+    kv_quantization: KVQuantization | None = None
 
 
 @attrs.frozen(eq=False)
@@ -139,6 +142,7 @@ class Engine:
         self.sampling = SamplingState(request.sampling)
         self.acceptance = self._policy()
         self.cache = parts.target.make_cache() if request.cache is None else request.cache
+        self._conversion = KVConversion(parts.kv_quantization, self.cache)
         self.stats = GenerationStats(prompt_tokens=len(request.prompt))
         self._limit = self._token_limit()
         widest = parts.drafter.info.max_width
@@ -253,13 +257,16 @@ class Engine:
         for callers who go on with what comes after it."""
         if self._last is None:
             return
+        self._conversion.before_pass()
         self._parts.target.forward(mx.array([[self._anchor]], dtype=mx.int32), self.cache)
+        self._conversion.settle()
         mx.eval([entry.state for entry in self.cache])
 
     def finish(self) -> None:
         """Say once that the generation has ended."""
         if not self._finished:
             self._finished = True
+            self._conversion.settle()
             self._parts.hook.generation_finished(event=self.stats)
 
     def logits_row(self, index: int) -> mx.array:
@@ -279,7 +286,9 @@ class Engine:
                 return False
             chunk = prompt[start : min(start + self._request.prefill_chunk, total - 1)]
             try:
+                self._conversion.before_pass()
                 features = parts.target.forward(mx.array([chunk]), self.cache).features
+                self._conversion.settle()
                 mx.eval([entry.state for entry in self.cache])
             except Exception as error:
                 raise GenerationError(
@@ -406,10 +415,11 @@ class Engine:
 
     def _draft(self, anchor: mx.array, width: Width) -> Draft:
         room = self._limit - self.stats.generated_tokens
-        verify = min(width.verify, room - 1)
+        verify = min(width.verify, room - 1, self._conversion.room)
         return self._drafter.propose(anchor, width.draft, verify, self.sampling)
 
     def _speculate(self, anchor: mx.array, draft: Draft) -> tuple[mx.array, Speculation]:
+        self._conversion.before_pass()
         block = anchor[:, None]
         if draft.width:
             block = mx.concatenate([block, draft.tokens], axis=1)

@@ -38,6 +38,7 @@ from draftloom.errors import (
     did_you_mean,
 )
 from draftloom.graph import Graph, Node, standard_nodes
+from draftloom.kv_cache import QuantizesKV
 from draftloom.model_info import ModelInfo
 from draftloom.plugins import PluginManager, canonical
 from draftloom.sampling import SamplingParams
@@ -96,6 +97,7 @@ class Resolver:
         adapter = component.load()
         target: TargetInfo = attrs.evolve(adapter.describe(model), adapter=component.name)
         self._check_dtype()
+        self._check_kv_cache(adapter, component.name, model)
         sampling = self._attempt("sampling", self._sampling)
         drafter = self._drafter(target, model)
         verifier = self._make("verifier", self.spec.verifier)
@@ -151,6 +153,18 @@ class Resolver:
             self._problem(
                 "dtype", f"unknown type {self.spec.dtype!r}", did_you_mean(self.spec.dtype, DTYPES)
             )
+
+    def _check_kv_cache(self, adapter: Any, name: str, model: ModelInfo) -> None:
+        settings = self.spec.kv_cache
+        if settings is None:
+            return
+        if not isinstance(adapter, QuantizesKV):
+            reason = f"adapter {name!r} does not say whether it serves them"
+        else:
+            reason = adapter.why_not_quantized_kv(model, settings)
+        if reason:
+            message = f"{model.model_type} cannot run on quantized caches: {reason}"
+            self._problem("kv_cache", message, "leave kv_bits out")
 
     def _sampling(self) -> SamplingParams:
         unknown = [name for name, _ in self.spec.sampling if name not in SAMPLING_KEYS]
@@ -310,12 +324,14 @@ class Resolver:
             self._check_inserts()
             return None, nodes
         drafter, verifier, acceptance, width = made[:4]
-        notes = (
+        notes: tuple[tuple[str, str], ...] = (
             ("target", f"{target.name} ({target.model_type}, {target.num_layers} layers)"),
             ("adapter", target.adapter),
             ("dtype", self.spec.dtype),
             *_checkpoint_note(drafter),
         )
+        if self.spec.kv_cache is not None:
+            notes += (("kv cache", str(self.spec.kv_cache)),)
         standard = standard_nodes(
             _width_name(width),
             drafter.info.name,

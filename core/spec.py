@@ -15,6 +15,7 @@ from typing import Any
 import attrs
 
 from draftloom.errors import GraphError, Problem, UsageError, did_you_mean
+from draftloom.kv_cache import KVQuantization
 
 __all__ = ["ComponentSpec", "InsertSpec", "PipelineSpec"]
 
@@ -114,6 +115,7 @@ class PipelineSpec:
         width: registered name; an int is ``fixed`` with that many draft tokens; ``auto`` is
             ``fixed`` at the drafter's default.
         sampling: default sampling parameters, pairs of name and value.
+        kv_cache: how the target's key/value caches are packed; None leaves them plain.
         inserts: nodes of the user's own.
     """
 
@@ -125,6 +127,7 @@ class PipelineSpec:
     rollback: ComponentSpec | tuple[tuple[str, ComponentSpec], ...] = ComponentSpec()
     width: ComponentSpec = ComponentSpec()
     sampling: tuple[tuple[str, float | int], ...] = ()
+    kv_cache: KVQuantization | None = None
     inserts: tuple[InsertSpec, ...] = ()
 
     @classmethod
@@ -181,6 +184,8 @@ class PipelineSpec:
             lines.append(f"rollback = {_toml(_data(self.rollback))}")
         if self.sampling:
             lines.append(f"sampling = {_toml(dict(self.sampling))}")
+        if self.kv_cache is not None:
+            lines.append(f"kv_cache = {_toml(self.kv_cache.as_data())}")
         for insert in self.inserts:
             table = insert.component.as_data()
             table = {"use": table} if isinstance(table, str) else table
@@ -279,5 +284,6 @@ _READERS = {
     "rollback": _rollback,
     "width": _width,
     "sampling": _sampling,
+    "kv_cache": KVQuantization.of,
     "insert": _inserts,
 }

@@ -17,8 +17,11 @@ from .options import (
     DrafterOption,
     DtypeOption,
     JsonOption,
+    KvBitsOption,
+    KvGroupSizeOption,
     PipelineFlags,
     PipelineOption,
+    QuantizedKvStartOption,
     RollbackOption,
     TargetOption,
     VerifierOption,
@@ -54,6 +57,9 @@ def audit(
     block_size: BlockSizeOption = None,
     pipeline: PipelineOption = None,
     dtype: DtypeOption = None,
+    kv_bits: KvBitsOption = None,
+    kv_group_size: KvGroupSizeOption = None,
+    quantized_kv_start: QuantizedKvStartOption = None,
 ) -> None:
     """Compare a pipeline's greedy tokens with those of the target alone, through plain mlx-lm.
 
@@ -63,6 +69,7 @@ def audit(
     flags = PipelineFlags(
         target=target, drafter=drafter, verifier=verifier, acceptance=acceptance,
         rollback=rollback, block_size=block_size, pipeline=pipeline, dtype=dtype, temperature=0.0,
+        kv_bits=kv_bits, kv_group_size=kv_group_size, quantized_kv_start=quantized_kv_start,
     )  # fmt: skip
     chosen = None if prompts is None else read_prompts(prompts)
     builder = flags.builder(state_of(context).plugins)

@@ -16,9 +16,12 @@ from .options import (
     BlockSizeOption,
     DrafterOption,
     DtypeOption,
+    KvBitsOption,
+    KvGroupSizeOption,
     MinPOption,
     PipelineFlags,
     PipelineOption,
+    QuantizedKvStartOption,
     RollbackOption,
     SeedOption,
     StopOption,
@@ -72,6 +75,9 @@ def chat(
     block_size: BlockSizeOption = None,
     pipeline: PipelineOption = None,
     dtype: DtypeOption = None,
+    kv_bits: KvBitsOption = None,
+    kv_group_size: KvGroupSizeOption = None,
+    quantized_kv_start: QuantizedKvStartOption = None,
     temperature: TemperatureOption = None,
     top_p: TopPOption = None,
     top_k: TopKOption = None,
@@ -86,6 +92,7 @@ def chat(
         target=target, drafter=drafter, verifier=verifier, acceptance=acceptance,
         rollback=rollback, block_size=block_size, pipeline=pipeline, dtype=dtype,
         temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed,
+        kv_bits=kv_bits, kv_group_size=kv_group_size, quantized_kv_start=quantized_kv_start,
     )  # fmt: skip
     options = text_options(max_tokens, stop)
     builder = flags.builder(state_of(context).plugins)

@@ -18,9 +18,12 @@ from .options import (
     DrafterOption,
     DtypeOption,
     JsonOption,
+    KvBitsOption,
+    KvGroupSizeOption,
     MinPOption,
     PipelineFlags,
     PipelineOption,
+    QuantizedKvStartOption,
     RollbackOption,
     SeedOption,
     StopOption,
@@ -72,6 +75,9 @@ def generate(
     width: WidthOption = None,
     pipeline: PipelineOption = None,
     dtype: DtypeOption = None,
+    kv_bits: KvBitsOption = None,
+    kv_group_size: KvGroupSizeOption = None,
+    quantized_kv_start: QuantizedKvStartOption = None,
     temperature: TemperatureOption = None,
     top_p: TopPOption = None,
     top_k: TopKOption = None,
@@ -86,6 +92,7 @@ def generate(
         target=target, drafter=drafter, verifier=verifier, acceptance=acceptance,
         rollback=rollback, block_size=block_size, width=width, pipeline=pipeline, dtype=dtype,
         temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed,
+        kv_bits=kv_bits, kv_group_size=kv_group_size, quantized_kv_start=quantized_kv_start,
     )  # fmt: skip
     text, options = read_prompt(prompt, prompt_file), text_options(max_tokens, stop)
     trace_file = None if trace is None else TraceFile(trace)

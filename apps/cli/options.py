@@ -14,6 +14,7 @@ from draftloom.errors import UsageError
 if TYPE_CHECKING:
     from draftloom.builder import PipelineBuilder
     from draftloom.plugins import PluginManager
+    from draftloom.spec import PipelineSpec
 
 __all__ = [
     "AcceptanceOption",
@@ -21,9 +22,12 @@ __all__ = [
     "DrafterOption",
     "DtypeOption",
     "JsonOption",
+    "KvBitsOption",
+    "KvGroupSizeOption",
     "MinPOption",
     "PipelineFlags",
     "PipelineOption",
+    "QuantizedKvStartOption",
     "RollbackOption",
     "SeedOption",
     "StopOption",
@@ -42,6 +46,7 @@ __all__ = [
 
 PARTS = "Pipeline"
 SAMPLING = "Sampling"
+MEMORY = "Memory"
 
 TargetOption = Annotated[
     str | None,
@@ -112,6 +117,30 @@ DtypeOption = Annotated[
         rich_help_panel=PARTS,
     ),
 ]
+KvBitsOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="BITS",
+        help="Pack the target's key/value caches: 2, 3, 4, 5, 6 or 8 bits. Default: plain.",
+        rich_help_panel=MEMORY,
+    ),
+]
+KvGroupSizeOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Numbers of a packed cache that share a scale: 32, 64 or 128. Default: 64.",
+        rich_help_panel=MEMORY,
+    ),
+]
+QuantizedKvStartOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Pack caches that hold at least N tokens. Default: 5000.",
+        rich_help_panel=MEMORY,
+    ),
+]
 TemperatureOption = Annotated[
     float | None,
     typer.Option(metavar="T", help="0 (default) is greedy.", rich_help_panel=SAMPLING),
@@ -156,6 +185,7 @@ class PipelineFlags:
         width: a width policy, or draft tokens a cycle.
         pipeline: a pipeline file; the other options override what it says.
         temperature, top_p, top_k, min_p, seed: sampling parameters.
+        kv_bits, kv_group_size, quantized_kv_start: see `KVQuantization`.
     """
 
     target: str | None = None
@@ -172,6 +202,9 @@ class PipelineFlags:
     top_k: int | None = None
     min_p: float | None = None
     seed: int | None = None
+    kv_bits: int | None = None
+    kv_group_size: int | None = None
+    quantized_kv_start: int | None = None
 
     def builder(self, plugins: PluginManager) -> PipelineBuilder:
         """The pipeline file, or the defaults, with what was given on top.
@@ -204,8 +237,24 @@ class PipelineFlags:
             builder = builder.block_size(self.block_size)
         if self.width is not None:
             builder = builder.width(parse_width(self.width))
+        kv_cache = self._kv_cache(spec)
+        if kv_cache is not None:
+            builder = builder.kv_cache(**kv_cache)
         sampling = {**dict(spec.sampling), **self._sampling()}
         return builder.sampling(**sampling) if sampling else builder
+
+    def _kv_cache(self, spec: PipelineSpec) -> dict[str, int] | None:
+        """What the pipeline file says of quantized caches, with what was given on top."""
+        names = ("kv_bits", "kv_group_size", "quantized_kv_start")
+        given = {n: getattr(self, n) for n in names if getattr(self, n) is not None}
+        if not given:
+            return None
+        if spec.kv_cache is not None:
+            return {**attrs.asdict(spec.kv_cache), **given}
+        if "kv_bits" not in given:
+            option = "--" + next(iter(given)).replace("_", "-")
+            raise UsageError(f"{option} is given without --kv-bits", "add --kv-bits 8")
+        return given
 
     def _sampling(self) -> dict[str, float]:
         names = ("temperature", "top_p", "top_k", "min_p", "seed")

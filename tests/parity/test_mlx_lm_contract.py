@@ -21,7 +21,13 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm import tokenizer_utils
-from mlx_lm.generate import GenerationResponse, generate_step, wired_limit
+from mlx_lm.generate import (
+    DEFAULT_QUANTIZED_KV_START,
+    GenerationResponse,
+    generate_step,
+    maybe_quantize_kv_cache,
+    wired_limit,
+)
 from mlx_lm.models import qwen3
 from mlx_lm.models.cache import (
     ArraysCache,
@@ -44,6 +50,7 @@ from mlx_lm.utils import (
     load_model,
 )
 
+from draftloom.kv_cache import KVQuantization
 from tests.support import models
 from tests.support.oracle import prefill, text_model
 
@@ -56,6 +63,7 @@ COVERED = {
     "mlx_lm.tokenizer_utils",
     "mlx_lm.generate.GenerationResponse",
     "mlx_lm.generate.generate_step",
+    "mlx_lm.generate.maybe_quantize_kv_cache",
     "mlx_lm.generate.wired_limit",
     "mlx_lm.models.cache.ArraysCache",
     "mlx_lm.models.cache.KVCache",
@@ -128,6 +136,31 @@ def test_kv_cache_appends_and_trims_by_its_offset() -> None:
     cache.trim(100)
     assert cache.offset == 0
     assert isinstance(cache.state, tuple)
+
+
+def test_a_kv_cache_is_packed_in_its_list_once_it_is_long_enough() -> None:
+    long, short, state = KVCache(), KVCache(), ArraysCache(2)
+    keys, values = (mx.repeat(a, 8, axis=-1) for a in rows(9))  # 32 numbers a head
+    long.update_and_fetch(keys, values)
+    short.update_and_fetch(keys[:, :, :8], values[:, :, :8])
+    cache = [long, short, state]
+    maybe_quantize_kv_cache(cache, quantized_kv_start=9, kv_group_size=32, kv_bits=8)
+    packed = cache[0]
+    assert isinstance(packed, QuantizedKVCache)
+    assert (packed.offset, packed.group_size, packed.bits) == (9, 32, 8)
+    assert cache[1:] == [short, state]
+    wanted = mx.quantize(keys, group_size=32, bits=8)
+    held = packed.keys_and_values()[0]
+    assert all(mx.array_equal(a, b) for a, b in zip(held, wanted, strict=True))
+    assert packed.trim(4) == 4
+    again, _ = packed.update_and_fetch(keys[:, :, 5:7], values[:, :, 5:7])
+    assert all(mx.array_equal(a, b[:, :, :7]) for a, b in zip(again, wanted, strict=True))
+    with pytest.raises(NotImplementedError):
+        RotatingKVCache(8).to_quantized(32, 8)
+    with pytest.raises(ValueError, match="group size"):
+        short.to_quantized(64, 8)
+    assert inspect.signature(generate_step).parameters["kv_group_size"].default == 64
+    assert KVQuantization(8).quantized_kv_start == DEFAULT_QUANTIZED_KV_START
 
 
 def test_kv_cache_grows_without_losing_rows() -> None:

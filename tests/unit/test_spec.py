@@ -8,7 +8,14 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from draftloom import ComponentSpec, GraphError, InsertSpec, PipelineSpec, UsageError
+from draftloom import (
+    ComponentSpec,
+    GraphError,
+    InsertSpec,
+    KVQuantization,
+    PipelineSpec,
+    UsageError,
+)
 
 from .fakes import quick
 
@@ -49,6 +56,12 @@ samplings = st.fixed_dictionaries(
     optional=dict.fromkeys(("temperature", "top_p", "min_p"), st.floats(0, 1))
     | dict.fromkeys(("top_k", "seed"), st.integers(0, 2**32)),
 ).map(lambda pairs: tuple(sorted(pairs.items())))
+kv_caches = st.builds(
+    KVQuantization,
+    st.sampled_from((2, 3, 4, 5, 6, 8)),
+    st.sampled_from((32, 64, 128)),
+    st.integers(0, 2**20),
+)
 places = st.tuples(names, st.just("")) | st.tuples(st.just(""), names)
 inserts = st.builds(lambda c, place: InsertSpec(c, *place), component_specs, places)
 specs = st.builds(
@@ -62,6 +75,7 @@ specs = st.builds(
     width=component_specs
     | st.integers(0, 64).map(lambda n: ComponentSpec.make("fixed", {"tokens": n})),
     sampling=samplings,
+    kv_cache=st.none() | kv_caches,
     inserts=st.lists(inserts, max_size=3).map(tuple),
 )
 
