@@ -25,6 +25,7 @@ __all__ = ["parse_bytes", "train_app"]
 train_app = typer.Typer(help="Train a drafter for a target.", no_args_is_help=True)
 
 DRAFTER, DATA, TRAINING, MEASURING = "Drafter", "Data", "Training", "Saving and measuring"
+RESPONSES = "Responses of the target"
 
 
 @train_app.callback()
@@ -188,6 +189,46 @@ def drafter(
         str | None,
         typer.Option(metavar="SIZE", help="At most, as 20GB.", rich_help_panel=DATA),
     ] = None,
+    regenerate: Annotated[
+        bool,
+        typer.Option(
+            "--regenerate",
+            help="Let the target answer the prompts first, and train on its words.",
+            rich_help_panel=RESPONSES,
+        ),
+    ] = False,
+    responses: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Where its responses are kept. Default: training/responses in --out.",
+            rich_help_panel=RESPONSES,
+        ),
+    ] = None,
+    response_tokens: Annotated[
+        int, typer.Option(metavar="N", help="At most, of each.", rich_help_panel=RESPONSES)
+    ] = 256,
+    prompt_tokens: Annotated[
+        int,
+        typer.Option(
+            metavar="N", help="Of a prompt cut out of plain text.", rich_help_panel=RESPONSES
+        ),
+    ] = 64,
+    max_responses: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Default: one for every prompt.", rich_help_panel=RESPONSES),
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(metavar="T", help="0 is greedy.", rich_help_panel=RESPONSES)
+    ] = 0.0,
+    response_batch: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Responses at once. On CUDA, 128 have been seen to crash with a hybrid target.",
+            rich_help_panel=RESPONSES,
+        ),
+    ] = 32,
     held_out: Annotated[
         float, typer.Option(metavar="S", help="Share of documents.", rich_help_panel=MEASURING)
     ] = 0.05,
@@ -223,6 +264,7 @@ def drafter(
     tap_layers, budget = parse_taps(taps), parse_bytes(features_budget)
     from draftloom.apps.train.design import DrafterDesign
     from draftloom.apps.train.loop import TrainRequest
+    from draftloom.apps.train.responses import ResponseSettings
     from draftloom.apps.train.settings import TrainSettings
 
     settings = TrainSettings(
@@ -236,6 +278,17 @@ def drafter(
         log_every=log_every,
     )  # fmt: skip
     settings.check(block_size or 2)
+    written = None
+    if regenerate:
+        written = ResponseSettings(
+            tokens=response_tokens, prompt_tokens=prompt_tokens, temperature=temperature,
+            batch=response_batch, limit=max_responses, seed=seed,
+        )  # fmt: skip
+        written.check()
+    elif responses is not None:
+        raise UsageError(
+            "--responses is where --regenerate writes", "give --regenerate too, or --data DIR"
+        )
     design = DrafterDesign(
         layers=layers, taps=tap_layers, block_size=block_size, mask_token=mask_token,
         sliding_window=sliding_window, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
@@ -245,7 +298,8 @@ def drafter(
     request = TrainRequest(
         target=target or "", data=tuple(data), out=out, settings=settings, design=design,
         init=None if init is None else plugins.locate_model(init), cache=features,
-        cache_bytes=budget, dtype=dtype or "auto", resume=resume,
+        responses=written, responses_folder=responses, cache_bytes=budget,
+        dtype=dtype or "auto", resume=resume,
     )  # fmt: skip
     _run(request, plugins)
 
@@ -326,6 +380,9 @@ class Screen:
         if record["kind"] == "features":
             self._console.print(f"features of {record['done']} of {record['total']} sequences")
             return
+        if record["kind"] == "responses":
+            self._responses(record)
+            return
         if record["kind"] == "held-out":
             self._tau = f"held-out tau {record['tau']:.2f}"
             line = f"{self._tau} over {record['cycles']} cycles"
@@ -344,6 +401,18 @@ class Screen:
         shown = f"{text}  {self._tau}" if record["kind"] == "step" else text
         done = record.get("progress")
         self._bar.update(self._task, description=shown, completed=done)
+
+    def _responses(self, record: dict[str, Any]) -> None:
+        done, total = record["done"], record["total"]
+        text = (
+            f"target's responses {done}/{total}  {record['tokens_per_second']:.0f} tokens/s  "
+            f"{_clock(record['seconds_left'])} left"
+        )
+        if self._bar is None:
+            self._console.print(text, markup=False, soft_wrap=True)
+            return
+        share = 0.0 if done == total else done / total  # the bar begins anew for the training
+        self._bar.update(self._task, description=text if share else "", completed=share)
 
 
 def _clock(seconds: float) -> str:

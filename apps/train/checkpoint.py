@@ -57,26 +57,36 @@ class RunFolder:
         self.state_file = out / "training" / "state.safetensors"
         self.log_file = out / "training" / "log.jsonl"
 
+    def check(self, resume: bool) -> None:
+        """See that the folder can be used; changes nothing.
+
+        Raises:
+            UsageError: a folder in use without `resume`, or nothing to resume.
+        """
+        if self.out.exists() and not self.out.is_dir():
+            raise UsageError(f"--out {self.out} is a file", "give a folder")
+        if resume and not self.state_file.exists():
+            raise UsageError(f"{self.out} holds no training run to resume", "leave out --resume")
+        if resume:
+            return
+        if self.state_file.exists():
+            raise UsageError(
+                f"{self.out} holds a training run", "--resume goes on with it, or give another"
+            )
+        if (self.out / "config.json").exists() or (self.out / "model.safetensors").exists():
+            raise UsageError(f"{self.out} holds a model", "give another folder")
+
     def begin(self, resume: bool) -> TrainState | None:
         """Make the folder, or read the state to go on from.
 
         Raises:
-            UsageError: a folder in use without `resume`, nothing to resume, or other settings.
+            UsageError: as `check`, or other settings.
             ModelError: a state that cannot be read.
         """
-        if self.out.exists() and not self.out.is_dir():
-            raise UsageError(f"--out {self.out} is a file", "give a folder")
+        self.check(resume)
         if not resume:
-            if self.state_file.exists():
-                raise UsageError(
-                    f"{self.out} holds a training run", "--resume goes on with it, or give another"
-                )
-            if (self.out / "config.json").exists() or (self.out / "model.safetensors").exists():
-                raise UsageError(f"{self.out} holds a model", "give another folder")
             self._make()
             return None
-        if not self.state_file.exists():
-            raise UsageError(f"{self.out} holds no training run to resume", "leave out --resume")
         state = self._read()
         self._cut_log(state.step)
         return state

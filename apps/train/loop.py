@@ -20,10 +20,11 @@ from draftloom.plugins import PluginManager
 from .batches import Batches, Features
 from .card import model_card
 from .checkpoint import RunFolder, TrainState
-from .data import pack, read_corpus
+from .data import Corpus, pack, read_corpus
 from .design import DrafterDesign, design_drafter, load_init, read_config, trainable
 from .evaluate import measure
 from .features import FeatureCache, FeatureError, OnlineFeatures
+from .responses import Responses, ResponseSettings, prompts_of
 from .settings import TrainSettings
 from .step import DrafterLoss
 from .target import FrozenTarget
@@ -44,6 +45,9 @@ class TrainRequest:
         settings: of the training.
         design: of a new drafter.
         init: checkpoint to start from instead.
+        responses: how the target writes responses first, which are then trained on in place of
+            the data's own; None trains on the data as it is.
+        responses_folder: where they are kept; None is within `out`.
         cache: folder for features; None computes them as they are needed.
         cache_bytes: budget of the cache; None is what the disk has.
         dtype: compute type of the target.
@@ -56,6 +60,8 @@ class TrainRequest:
     settings: TrainSettings
     design: DrafterDesign = attrs.Factory(DrafterDesign)
     init: Path | None = None
+    responses: ResponseSettings | None = None
+    responses_folder: Path | None = None
     cache: Path | None = None
     cache_bytes: int | None = None
     dtype: str = "auto"
@@ -114,8 +120,6 @@ class Trainer:
             held_out=settings.held_out,
             seed=settings.seed,
         )
-        separator = getattr(target.tokenizer, "eos_token_id", None)
-        self.sequences = pack(self.corpus.train, settings.context, separator)
         fingerprint = target.fingerprint()
         shaping = {
             **settings.shaping(),
@@ -123,8 +127,14 @@ class Trainer:
             "data": self.corpus.fingerprint,
             "drafter": self.drafter,
             "cached": request.cache is not None,
+            "responses": None if request.responses is None else attrs.asdict(request.responses),
         }
         self.folder = RunFolder(request.out, shaping)
+        self.folder.check(request.resume)
+        if request.responses is not None:
+            self.corpus = self._let_target_write(request.responses, fingerprint)
+        separator = getattr(target.tokenizer, "eos_token_id", None)
+        self.sequences = pack(self.corpus.train, settings.context, separator)
         target.tap(self.config.tap_layers)
         self.model = DFlashModel(self.config)
         self._loss = DrafterLoss(self.model, self.config, target, settings)
@@ -145,6 +155,15 @@ class Trainer:
         self._launched: _Launched | None = None
         self._since = _Since()
         self._begun = False
+
+    def _let_target_write(self, settings: ResponseSettings, fingerprint: str) -> Corpus:
+        """The corpus with the target's own responses to train on; what is held out stays."""
+        request, target = self.request, self.target
+        prompts = prompts_of(self.corpus.train, settings, self.settings.context)
+        folder = request.responses_folder or request.out / "training" / "responses"
+        files = Responses(folder, target, fingerprint, prompts, settings).write(self._on_record)
+        own = read_corpus(files, None, target.info.vocab_size, held_out=0.0, seed=0)
+        return attrs.evolve(own, held_out=self.corpus.held_out, duplicates=self.corpus.duplicates)
 
     def _features(self, fingerprint: str) -> Features:
         with_logits = self.settings.loss == "kl"

@@ -117,6 +117,24 @@ def test_killed_process_resumes_to_the_same_losses(
     assert held_out(out) == held_out(tmp_path / "whole")
 
 
+@pytest.mark.slow
+def test_target_writes_first(process: Callable[..., Any], toy: Path, tmp_path: Path) -> None:
+    out, kept = tmp_path / "drafter", tmp_path / "responses"
+    given = ["--steps", 2, "--eval-prompts", 0, "--regenerate", "--responses", kept,
+             "--response-tokens", 12, "--prompt-tokens", 4, "--max-responses", 20]  # fmt: skip
+    done = process(*options(toy, out), *given)
+    assert done.code == 0, done.err
+    assert "target's responses 20/20" in done.err
+    lines = [x for f in kept.glob("*.jsonl") for x in f.read_text().splitlines()]
+    assert len(lines) == 20
+    again = process(*options(toy, tmp_path / "again"), *given)
+    assert again.code == 0, again.err
+    assert "target's responses" not in again.err  # they are there
+    assert losses(tmp_path / "again") == losses(out)
+    data = process(*options(toy, tmp_path / "data"), "--data", kept, "--steps", 2)
+    assert data.code == 0, data.err
+
+
 def test_mistakes_are_one_line(cli: Callable[..., Any], toy: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     begin = options(toy, out)
@@ -124,6 +142,9 @@ def test_mistakes_are_one_line(cli: Callable[..., Any], toy: Path, tmp_path: Pat
     cli(*begin, "--taps", "1,x").assert_mistake("--taps cannot be read")
     cli(*begin, "--features-budget", "much").assert_mistake("--features-budget")
     cli(*begin, "--resume").assert_mistake("no training run to resume")
+    cli(*begin, "--responses", tmp_path / "r").assert_mistake("--regenerate writes")
+    cli(*begin, "--regenerate", "--response-tokens", 48).assert_mistake("no room for a prompt")
+    cli(*begin, "--max-minutes", 0).assert_mistake("max_minutes must be above 0", hint=False)
     cli(*begin, "--features", tmp_path / "f", "--features-budget", "1KB").assert_mistake(
         "the budget is 1000 bytes"
     )
