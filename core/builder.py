@@ -87,6 +87,12 @@ class PipelineBuilder:
         """A registered drafter with its options, or a checkpoint (folder or repository)."""
         return self._with(drafter=_component(use, options))
 
+    def drafter_options(self, **options: Any) -> PipelineBuilder:
+        """Options on top of those that the chosen drafter has, whichever that is."""
+        chosen = self.spec.drafter
+        merged = ComponentSpec.make(chosen.use, {**dict(chosen.options), **options})
+        return self._with(drafter=merged) if options else self._with()
+
     def verifier(self, use: str, **options: Any) -> PipelineBuilder:
         """A registered verifier with its options."""
         return self._with(verifier=_component(use, options))

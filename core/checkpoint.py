@@ -118,6 +118,7 @@ class DrafterDescription:
         output_multiplier: factor on the hidden states before the head.
         softcap: c of c * tanh(logits / c); None is off.
         quantization: of stored weights, as mlx-lm writes it; None is plain.
+        dtype: name of the type it was trained in, as the config says it; None is not said.
         markov, confidence: the heads of a DSpark drafter.
         convolution, selector: the additions of a DFlash 2 drafter.
         renames: prefixes of stored tensor names and what stands for them inside, first match.
@@ -154,6 +155,7 @@ class DrafterDescription:
     output_multiplier: float = 1.0
     softcap: float | None = None
     quantization: Mapping[str, Any] | None = None
+    dtype: str | None = None
     markov: MarkovHead | None = None
     confidence: ConfidenceHead | None = None
     convolution: DynamicConvolution | None = None

@@ -116,6 +116,7 @@ class ComponentInfo:
     Attributes:
         name: the name it is registered under.
         summary: one line for listings.
+        details: what this one does that its name does not say; `Pipeline.describe` shows it.
         needs: what it cannot work without.
         law: drafters: the law of its drafts.
         preserves: acceptance policies: what the output keeps.
@@ -146,6 +147,7 @@ class ComponentInfo:
     nested_options: tuple[str, ...] = ()
     inputs: tuple[Port, ...] = ()
     outputs: tuple[Port, ...] = ()
+    details: str = ""
 
 
 # --- the target ------------------------------------------------------------------------------

@@ -226,7 +226,7 @@ class Resolver:
                     "name one: --drafter CHECKPOINT, prompt-lookup or none",
                 )
                 return None
-            spec = ComponentSpec(self._auto.use, self._auto.options + spec.options)
+            spec = _joined(self._auto, spec)
         resolved = self._attempt("drafter", lambda: self._known_drafter(spec))
         if resolved is None:
             return None
@@ -235,9 +235,9 @@ class Resolver:
         return self._make("drafter", resolved)
 
     def _with_checkpoint(self, spec: ComponentSpec) -> ComponentSpec:
-        """`dflash` alone, for a target whose checkpoint is known, means that checkpoint."""
+        """`dflash` without a checkpoint, for a target whose checkpoint is known, means that one."""
         known = self._auto
-        return known if known is not None and spec == ComponentSpec(known.use) else spec
+        return _joined(known, spec) if known is not None and spec.use == known.use else spec
 
     def _known_drafter(self, spec: ComponentSpec) -> ComponentSpec:
         """A registered name as it is; a folder or repository as the drafter that serves it."""
@@ -249,7 +249,7 @@ class Resolver:
         found = self.plugins.drafter_for_checkpoint(ModelInfo.from_path(path, spec.use))
         if found is None:
             raise UsageError(f"no drafter serves the checkpoint {spec.use}")
-        return ComponentSpec(found.use, found.options + spec.options)
+        return _joined(found, spec)
 
     def _width_spec(self, drafter: Any) -> ComponentSpec | None:
         spec = self.spec.width
@@ -329,6 +329,7 @@ class Resolver:
             ("adapter", target.adapter),
             ("dtype", self.spec.dtype),
             *_checkpoint_note(drafter),
+            *((c.info.name, c.info.details) for c in made if c.info.details),
         )
         if self.spec.kv_cache is not None:
             notes += (("kv cache", str(self.spec.kv_cache)),)
@@ -424,6 +425,11 @@ def _checkpoint_note(drafter: Any) -> tuple[tuple[str, str], ...]:
     if found.unread:
         note += f", keys not read: {', '.join(found.unread)}"
     return (("checkpoint", note),)
+
+
+def _joined(known: ComponentSpec, given: ComponentSpec) -> ComponentSpec:
+    """A known component with the options that were given on top."""
+    return ComponentSpec.make(known.use, {**dict(known.options), **dict(given.options)})
 
 
 def _all_problems(component: Checkable, target: TargetInfo) -> list[Problem]:

@@ -14,6 +14,7 @@ from .offline import OfflineOption
 from .options import (
     AcceptanceOption,
     BlockSizeOption,
+    DrafterBitsOption,
     DrafterOption,
     DtypeOption,
     JsonOption,
@@ -50,6 +51,7 @@ def audit(
     as_json: JsonOption = False,
     target: TargetOption = None,
     drafter: DrafterOption = None,
+    drafter_bits: DrafterBitsOption = None,
     offline: OfflineOption = False,
     verifier: VerifierOption = None,
     acceptance: AcceptanceOption = None,
@@ -67,7 +69,8 @@ def audit(
     """
     text_options(max_tokens, None)
     flags = PipelineFlags(
-        target=target, drafter=drafter, verifier=verifier, acceptance=acceptance,
+        target=target, drafter=drafter, drafter_bits=drafter_bits, verifier=verifier,
+        acceptance=acceptance,
         rollback=rollback, block_size=block_size, pipeline=pipeline, dtype=dtype, temperature=0.0,
         kv_bits=kv_bits, kv_group_size=kv_group_size, quantized_kv_start=quantized_kv_start,
     )  # fmt: skip

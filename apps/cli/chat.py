@@ -14,6 +14,7 @@ from .offline import OfflineOption
 from .options import (
     AcceptanceOption,
     BlockSizeOption,
+    DrafterBitsOption,
     DrafterOption,
     DtypeOption,
     KvBitsOption,
@@ -68,6 +69,7 @@ def chat(
     stop: StopOption = None,
     target: TargetOption = None,
     drafter: DrafterOption = None,
+    drafter_bits: DrafterBitsOption = None,
     offline: OfflineOption = False,
     verifier: VerifierOption = None,
     acceptance: AcceptanceOption = None,
@@ -89,7 +91,8 @@ def chat(
     Piped in, every line is a message (or a command) and stdout holds the answers only.
     """
     flags = PipelineFlags(
-        target=target, drafter=drafter, verifier=verifier, acceptance=acceptance,
+        target=target, drafter=drafter, drafter_bits=drafter_bits, verifier=verifier,
+        acceptance=acceptance,
         rollback=rollback, block_size=block_size, pipeline=pipeline, dtype=dtype,
         temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed,
         kv_bits=kv_bits, kv_group_size=kv_group_size, quantized_kv_start=quantized_kv_start,

@@ -15,6 +15,7 @@ from .offline import OfflineOption
 from .options import (
     AcceptanceOption,
     BlockSizeOption,
+    DrafterBitsOption,
     DrafterOption,
     DtypeOption,
     JsonOption,
@@ -67,6 +68,7 @@ def generate(
     as_json: JsonOption = False,
     target: TargetOption = None,
     drafter: DrafterOption = None,
+    drafter_bits: DrafterBitsOption = None,
     offline: OfflineOption = False,
     verifier: VerifierOption = None,
     acceptance: AcceptanceOption = None,
@@ -89,7 +91,8 @@ def generate(
     Ctrl-C ends it with what there is.
     """
     flags = PipelineFlags(
-        target=target, drafter=drafter, verifier=verifier, acceptance=acceptance,
+        target=target, drafter=drafter, drafter_bits=drafter_bits, verifier=verifier,
+        acceptance=acceptance,
         rollback=rollback, block_size=block_size, width=width, pipeline=pipeline, dtype=dtype,
         temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed,
         kv_bits=kv_bits, kv_group_size=kv_group_size, quantized_kv_start=quantized_kv_start,

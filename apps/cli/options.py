@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AcceptanceOption",
     "BlockSizeOption",
+    "DrafterBitsOption",
     "DrafterOption",
     "DtypeOption",
     "JsonOption",
@@ -62,6 +63,14 @@ DrafterOption = Annotated[
     typer.Option(
         metavar="NAME|DIR|REPO",
         help="A registered drafter, or a checkpoint. Default: the target's own.",
+        rich_help_panel=PARTS,
+    ),
+]
+DrafterBitsOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="4|8",
+        help="Pack a DFlash drafter's weights to so many bits. Default: as the target computes.",
         rich_help_panel=PARTS,
     ),
 ]
@@ -180,6 +189,7 @@ class PipelineFlags:
 
     Attributes:
         target, drafter, verifier, acceptance, dtype: names as the builder takes them.
+        drafter_bits: option ``bits`` of the drafter.
         rollback: ``NAME``, or ``KIND=NAME,KIND=NAME``.
         block_size: tokens a cycle verifies, the anchor included.
         width: a width policy, or draft tokens a cycle.
@@ -190,6 +200,7 @@ class PipelineFlags:
 
     target: str | None = None
     drafter: str | None = None
+    drafter_bits: int | None = None
     verifier: str | None = None
     acceptance: str | None = None
     rollback: str | None = None
@@ -229,6 +240,7 @@ class PipelineFlags:
             name = getattr(self, part)
             if name is not None:
                 builder = getattr(builder, part)(_name(part, name))
+        builder = builder.drafter_options(**self._drafter_options())
         if self.rollback is not None:
             builder = builder.rollback(parse_rollback(self.rollback))
         if self.block_size is not None:
@@ -255,6 +267,10 @@ class PipelineFlags:
             option = "--" + next(iter(given)).replace("_", "-")
             raise UsageError(f"{option} is given without --kv-bits", "add --kv-bits 8")
         return given
+
+    def _drafter_options(self) -> dict[str, int]:
+        given = {"bits": self.drafter_bits}
+        return {name: value for name, value in given.items() if value is not None}
 
     def _sampling(self) -> dict[str, float]:
         names = ("temperature", "top_p", "top_k", "min_p", "seed")

@@ -17,6 +17,7 @@ from draftloom.errors import CheckpointWarning, ModelError
 from draftloom.model_info import ModelInfo
 
 from .model import DFlashModel
+from .packing import Packing
 
 __all__ = [
     "BlockContext",
@@ -61,11 +62,13 @@ def described(checkpoint: Path | DrafterDescription, drafter: str) -> DrafterDes
     return found
 
 
-def with_taps(info: ComponentInfo, description: DrafterDescription) -> ComponentInfo:
+def with_taps(
+    info: ComponentInfo, description: DrafterDescription, details: str = ""
+) -> ComponentInfo:
     """What a drafter says of itself once its checkpoint is known."""
-    width = description.max_width
+    width, taps = description.max_width, description.tap_layers
     return attrs.evolve(
-        info, tap_layers=description.tap_layers, default_width=width, max_width=width
+        info, tap_layers=taps, default_width=width, max_width=width, details=details
     )
 
 
@@ -79,12 +82,25 @@ class LoadedDrafter:
         target: gives embedding and head where the network has none of its own.
         target_ids: [draft vocabulary] int32, the target's id of each token it proposes; None
             where those are the same.
+        feature_dtype: the type that the drafter saw features in when it was trained; None takes
+            them as they come.
     """
 
     description: DrafterDescription
     network: Any
     target: TargetAdapter
     target_ids: mx.array | None = None
+    feature_dtype: mx.Dtype | None = None
+
+    def features(self, taps: mx.array) -> mx.array:
+        """Taps [B, T, F] rounded as those of training, in the type that the network computes in."""
+        wanted = self.feature_dtype
+        if wanted is not None and wanted != taps.dtype:
+            if wanted == mx.float16:  # what overflows there was at its end in training too
+                limit = mx.finfo(mx.float16).max
+                taps = mx.clip(taps, -limit, limit)
+            taps = taps.astype(wanted)
+        return taps.astype(self.network.norm.weight.dtype)
 
     def embed(self, tokens: mx.array) -> mx.array:
         """Embeddings [B, T, D] of the target's tokens [B, T], scaled."""
@@ -123,18 +139,33 @@ def load_network(
         ModelError: weights missing, corrupt, or not fitting the config; names the tensor.
     """
     stored = StoredWeights(description)
+    return _filled(stored, description, dtype, network), stored.target_ids
+
+
+def _filled(
+    stored: StoredWeights, description: DrafterDescription, dtype: mx.Dtype, network: Any
+) -> Any:
     if stored.target_ids is not None:
         description = attrs.evolve(description, draft_vocab_size=stored.target_ids.size)
     made = network(description, stored.own)
     fill(made, stored, dtype)
-    return made, stored.target_ids
+    return made
 
 
 def load_drafter(
-    description: DrafterDescription, context: BindContext, network: Any = DFlashModel
+    description: DrafterDescription,
+    context: BindContext,
+    network: Any = DFlashModel,
+    packing: Packing | None = None,
 ) -> LoadedDrafter:
-    """Load a checkpoint in the type that the target computes in, and say what of its config nobody
-    read (`CheckpointWarning`).
+    """Load a checkpoint in the type that the target computes in, pack it if asked to, and say what
+    of its config nobody read (`CheckpointWarning`).
+
+    Args:
+        description: of the checkpoint.
+        context: has the target.
+        network: its class; see `load_network`.
+        packing: how its weights are packed; None leaves them plain.
 
     Raises:
         ModelError: weights missing, corrupt, or not fitting the config; names the tensor.
@@ -147,8 +178,14 @@ def load_drafter(
             stacklevel=2,
         )
     dtype = context.target.embed(mx.array([[0]])).dtype
-    made, target_ids = load_network(description, dtype, network)
-    return LoadedDrafter(description, made, context.target, target_ids)
+    stored = StoredWeights(description)
+    trained = stored.dtype if description.dtype is None else getattr(mx, description.dtype)
+    made = _filled(stored, description, dtype, network)
+    target_ids = stored.target_ids
+    del stored  # the plain weights go as they are packed
+    if packing is not None:
+        packing.apply(made)
+    return LoadedDrafter(description, made, context.target, target_ids, trained)
 
 
 class BlockContext:
@@ -182,7 +219,8 @@ class BlockContext:
     def _extend(self) -> None:
         """Append the pending features to the context."""
         if self._pending:
-            self._loaded.network.extend(mx.concatenate(self._pending, axis=1), self._cache)
+            features = self._loaded.features(mx.concatenate(self._pending, axis=1))
+            self._loaded.network.extend(features, self._cache)
             self._pending.clear()
 
     def hidden(self, anchor: mx.array, width: int) -> mx.array:

@@ -21,6 +21,8 @@ from draftloom.errors import ModelError, Problem
 from draftloom.sampling import SamplingState
 
 from .block import BlockContext, LoadedDrafter, described, load_drafter, with_taps
+from .model import DFlashModel
+from .packing import Packing
 
 __all__ = ["DFlashDrafter"]
 
@@ -34,12 +36,16 @@ class DFlashDrafter:
 
     Args:
         checkpoint: its description, or a folder of a built-in format.
+        bits: pack the weights to 4 or 8 bits when they are loaded; None keeps them plain.
+        group_size: weights that share a scale, with `bits`: 32, 64 or 128; None takes the first of
+            64, 32, 128 that divides the widths of this drafter.
 
     Attributes:
         description: of the checkpoint.
 
     Raises:
         ModelError: the folder is not a DFlash checkpoint, or its config is incomplete.
+        UsageError: an option out of its range.
     """
 
     info = ComponentInfo(
@@ -51,22 +57,36 @@ class DFlashDrafter:
         checkpoint_options=("checkpoint",),
     )
 
-    def __init__(self, checkpoint: Path | DrafterDescription) -> None:
+    def __init__(
+        self,
+        checkpoint: Path | DrafterDescription,
+        bits: int | None = None,
+        group_size: int | None = None,
+    ) -> None:
+        self._packing = Packing.of(bits, group_size)
         self.description = described(checkpoint, "dflash")
-        self.info = with_taps(type(self).info, self.description)
+        self.info = with_taps(type(self).info, self.description, self._details())
         self._loaded: LoadedDrafter | None = None
 
+    def _details(self) -> str:
+        if self._packing is None:
+            return ""
+        return self._packing.describe(DFlashModel(self.description))
+
     def check(self, target: TargetInfo) -> Iterable[Problem]:
-        """What of the checkpoint does not fit the target."""
-        return self.description.problems(target)
+        """What of the checkpoint does not fit the target, or the options."""
+        yield from self.description.problems(target)
+        if self._packing is not None:
+            network = DFlashModel(self.description)
+            yield from self._packing.problems(network, self.info.name)
 
     def bind(self, context: BindContext) -> None:
-        """Load the weights, in the type that the target computes in.
+        """Load the weights, in the type that the target computes in, and pack them if asked to.
 
         Raises:
             ModelError: weights missing, corrupt, or not fitting the config; names the tensor.
         """
-        self._loaded = load_drafter(self.description, context)
+        self._loaded = load_drafter(self.description, context, packing=self._packing)
 
     def open(self, request: DraftRequest) -> DFlashSession:
         """Begin a generation.

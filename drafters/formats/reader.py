@@ -187,7 +187,13 @@ class ConfigReader:
             "output_multiplier": self.number("output_multiplier", 1.0) or 1.0,
             "softcap": None if softcap is None else self.number("final_logit_softcapping", 0.0),
             "quantization": self._quantization(),
+            "dtype": self._dtype(),
         }
+
+    def _dtype(self) -> str | None:
+        """`dtype`, in older files `torch_dtype`; None for what is no floating type."""
+        said = str(self.get("dtype") or self.get("torch_dtype") or "").removeprefix("torch.")
+        return said if said in ("float32", "bfloat16", "float16") else None
 
     def _quantization(self) -> Mapping[str, Any] | None:
         """mlx-lm's own. Weights packed by others would be read as something else."""

@@ -80,6 +80,11 @@ class StoredWeights:
         parts = {p for p in ("embed_tokens", "lm_head") if f"{p}.weight" in self.tensors}
         return frozenset(parts if self.target_ids is None else {*parts, "lm_head"})
 
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The type that most of the weights are stored in: that of the largest tensor."""
+        return max(self.tensors.values(), key=lambda tensor: tensor.size).dtype
+
     def check(self, wanted: Mapping[str, tuple[int, ...]]) -> None:
         """Compare with the tensors that a network has.
 

@@ -259,6 +259,8 @@ def test_missing_drafters(cli: Callable[..., Any], tiny: Path, tmp_path: Path) -
         (("--rollback", "atention=trim"), ("did you mean 'attention'",)),
         (("--rollback", "gated-delta=trim"), ("cannot take back gated-delta", "attention")),
         (("--dtype", "float8"), ("float8", "bfloat16")),
+        (("--drafter-bits", 5), ("4 or 8 bits, got 5",)),
+        (("--drafter-bits", 8, "--drafter", "prompt-lookup"), ("has no option 'bits'",)),
         (("--kv-bits", 7), ("kv_bits cannot be 7", "8")),
         (("--kv-group-size", 32), ("--kv-group-size is given without --kv-bits",)),
         (("--quantized-kv-start", 9), ("--quantized-kv-start is given without --kv-bits",)),

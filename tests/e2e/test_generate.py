@@ -117,6 +117,14 @@ def test_drafter_by_folder(cli: Callable[..., Any], tiny: Path) -> None:
     assert found["accepted_by_position"] == [1.0, 1.0, 1.0]
 
 
+def test_a_packed_drafter_changes_no_token(cli: Callable[..., Any]) -> None:
+    """The bundled pair, its drafter packed to 8 bits: other drafts at most, the same text."""
+    options = ("generate", "def add(a, b):", "--max-tokens", 12, "--json")
+    plain, packed = cli(*options).json, cli(*options, "--drafter-bits", 8).json
+    assert packed["token_ids"] == plain["token_ids"]
+    assert not packed["fell_back"]
+
+
 def test_stop_strings(cli: Callable[..., Any], tiny: Path) -> None:
     options = ("generate", PROMPT, "--target", tiny, *LOOKUP, "--max-tokens", 40, "--json")
     whole = cli(*options).json

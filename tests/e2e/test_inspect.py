@@ -168,6 +168,20 @@ def test_pipeline_as_mermaid_and_toml(cli: Callable[..., Any], file: Path, tmp_p
     cli("pipeline", "show", file, "--toml", "--mermaid").assert_mistake("--mermaid")
 
 
+def test_pipeline_shows_how_a_drafter_is_packed(cli: Callable[..., Any], tmp_path: Path) -> None:
+    """The option alone, for a drafter that is found by itself; in the file that it writes, too."""
+    file = tmp_path / "packed.toml"
+    file.write_text('drafter = { use = "auto", bits = 4 }\n')
+    shown = cli("pipeline", "show", file).out
+    packed = "weights packed to 4 bits, 8 outside attention and MLP, groups of 64"
+    assert f"dflash      {packed}" in shown
+    written = tomllib.loads(cli("pipeline", "show", file, "--toml").out)
+    assert written["drafter"]["bits"] == 4
+    assert written["drafter"]["use"] == "dflash"
+    file.write_text('drafter = { use = "dflash", bits = 4 }\n')  # the known checkpoint, packed
+    assert packed in cli("pipeline", "show", file).out
+
+
 # --- doctor ----------------------------------------------------------------------------------
 
 
