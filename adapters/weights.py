@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,16 @@ from draftloom.errors import ModelError
 from draftloom.model_info import ModelInfo
 
 from .hub import Hub, again, check_config
+from .weight_files import StoredTensor, check_weight_files, explain, file_of
 
-__all__ = ["SMALL_MODEL", "check_weight_files", "compute_dtype", "load"]
+__all__ = ["SMALL_MODEL", "compute_dtype", "load"]
 
 SMALL_MODEL = 1_000_000_000
 """Parameters below which a model is unpacked, and `auto` chooses the type by the device."""
+GROUP_BYTES = 2**28
+"""Weights that are read from disk at once."""
+BYTE_NAN = 255
+"""The scale of mxfp4, mxfp8 and nvfp4 that is no number."""
 
 
 def load(model: ModelInfo, dtype: str) -> LoadedModel | None:
@@ -33,82 +38,66 @@ def load(model: ModelInfo, dtype: str) -> LoadedModel | None:
         model: its config.
         dtype: ``auto`` keeps the stored types, except that models below `SMALL_MODEL` parameters
             are computed in float32 on a CPU (exact for any number of rows) and in bfloat16 on a
-            GPU. A type's name casts to that type. Models below `SMALL_MODEL` are unpacked where
-            they are stored quantized: for them packing saves space, not time.
+            GPU. ``stored`` takes everything as it is stored, as mlx-lm does: nothing is cast or
+            unpacked. A type's name casts to that type. Except with ``stored``, models below
+            `SMALL_MODEL` are unpacked where they are stored quantized: for them packing saves
+            space, not time.
 
     Returns:
         None for a model without a folder.
 
     Raises:
-        ModelError: files missing, half there, corrupt, or not fitting the config.
+        ModelError: files missing, half there, corrupt, or not fitting the config; numbers that
+            are not finite; a quantization that this device cannot compute.
     """
     if model.path is None:
         return None
     check_config(model.name, model.config)
     Hub().complete(model.path)
-    check_weight_files(model.path)
+    tensors = check_weight_files(model.path)
+    _refuse_what_needs_a_gpu(model, tensors)
     try:
         module, config = load_mlx_model(model.path, lazy=True)
         module = _cast(module, dtype)
-        mx.eval(module.parameters())
+        bad = _evaluate(module)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        reason = " ".join(str(error).split())
+        raise explain(error, model.path, tensors) from error
+    if bad:
+        stored = file_of(bad, tensors)
         raise ModelError(
-            f"the weights in {model.path} cannot be loaded: {reason[:300]}",
-            "is the download complete, and do config and weights belong together?",
-        ) from error
-    _check_finite(module, model.path)
+            f"{model.path if stored is None else stored.file}: tensor {bad} holds numbers that "
+            "are not finite",
+            "download it again, or convert it again" if stored is None else again(stored.file),
+        )
     return LoadedModel(module, _tokenizer(model.path, config))
 
 
-def check_weight_files(path: Path) -> None:
-    """See that a folder's safetensors are there and readable from end to end of their headers.
-
-    Raises:
-        ModelError: none there, a shard of the index missing, or a file cut short; names the file.
-    """
-    index = path / "model.safetensors.index.json"
-    files = sorted(path.glob("model*.safetensors"))
-    if index.is_file():
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise ModelError(f"{index} cannot be read: {error}", again(index)) from error
-        missing = sorted(name for name in names if not (path / name).is_file())
-        if missing:
-            raise ModelError(
-                f"{path} lacks {missing[0]}, which its index names", "download it again"
-            )
-    if not files:
-        raise ModelError(f"{path} has no model*.safetensors", "is the download complete?")
-    for file in files:
-        _check_safetensors(file)
-
-
-def _check_safetensors(file: Path) -> None:
-    """The header says how long the file must be: a cut download is seen without reading it all."""
-    size = file.stat().st_size
-    try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if not 0 < length < size:
-                raise ValueError("its header is cut short")
-            header: dict[str, Any] = json.loads(stream.read(length))
-        ends = [t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"]
-        expected = 8 + length + max(ends, default=0)
-        if expected != size:
-            raise ValueError(f"it has {size} bytes, its header says {expected}")
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise ModelError(f"{file} is not a whole safetensors file: {error}", again(file)) from error
+def _refuse_what_needs_a_gpu(model: ModelInfo, tensors: Iterable[StoredTensor]) -> None:
+    """Packed weights that MLX has no CPU code for, told from the config and the headers."""
+    if mx.default_device() != mx.Device(mx.cpu):
+        return
+    scaled = next((t for t in tensors if t.name.endswith(".global_scale")), None)
+    if model.config.get("quantize_activations"):
+        what = f"{model.name} quantizes activations (quantize_activations in its config.json)"
+    elif scaled is not None:
+        what = f"{scaled.file} holds nvfp4 weights with a global scale ({scaled.name})"
+    else:
+        return
+    raise ModelError(
+        f"{what}, which MLX computes on a GPU only",
+        "use another quantization of the model: affine, mxfp4, mxfp8, or nvfp4 without it",
+    )
 
 
 def compute_dtype(dtype: str, parameters: int) -> mx.Dtype | None:
     """The type to compute in, None to keep what is stored.
 
     Args:
-        dtype: ``auto`` or a type's name.
+        dtype: ``auto``, ``stored`` or a type's name.
         parameters: of the model.
     """
+    if dtype == "stored":
+        return None
     if dtype != "auto":
         return getattr(mx, dtype)  # type: ignore[no-any-return]
     if parameters >= SMALL_MODEL:
@@ -122,7 +111,8 @@ def _cast(module: nn.Module, dtype: str) -> nn.Module:
     if target is None:
         return module
     packed = any(name.endswith(".scales") for name, _ in _parameters(module))
-    if packed and parameters < SMALL_MODEL:
+    scaled = any(name.endswith(".global_scale") for name, _ in _parameters(module))
+    if packed and parameters < SMALL_MODEL and not scaled:
         module = dequantize_model(module)
     text = getattr(module, "language_model", module)
     keep = getattr(text, "cast_predicate", None) or (lambda path: True)
@@ -140,21 +130,44 @@ def _parameters(module: nn.Module) -> list[tuple[str, Any]]:
     return tree_flatten(module.parameters())  # type: ignore[return-value]
 
 
-def _check_finite(module: nn.Module, path: Path) -> None:
-    """Refuse weights that are not numbers. One pass over the small tensors, which a broken
-    conversion spoils as well as the large ones."""
-    small = [(n, a) for n, a in _parameters(module) if a.size <= 2**16 and _is_float(a)]
-    flags = [mx.isfinite(a).all() for _, a in small]
-    if not flags:
-        return
-    healthy: Any = mx.stack(flags).tolist()
-    bad = [name for (name, _), ok in zip(small, healthy, strict=True) if not ok]
-    if bad:
-        raise ModelError(f"the weights in {path} are not finite: {bad[0]}", "download them again")
+def _evaluate(module: nn.Module) -> str:
+    """Bring every weight into memory, some at a time, and look at each: the name of the first
+    that is not finite, empty where all are.
+
+    A sum is not finite where one of its terms is not: one pass, while the tensor is at hand. (A sum
+    may also overflow; what looks bad is looked at again.)
+    """
+    group: list[tuple[str, mx.array]] = []
+    items = _parameters(module)
+    for index, (name, value) in enumerate(items):
+        group.append((name, value))
+        last = index + 1 == len(items)
+        if not last and sum(v.nbytes for _, v in group) < GROUP_BYTES:
+            continue
+        sums = [_sum(n, v) for n, v in group]
+        mx.eval([v for _, v in group], sums)
+        for (suspect, tensor), total in zip(group, sums, strict=True):
+            if not math.isfinite(total.item()) and not _finite(suspect, tensor):
+                return suspect
+        group.clear()
+    return ""
 
 
-def _is_float(array: mx.array) -> bool:
-    return bool(mx.issubdtype(array.dtype, mx.floating)) and math.prod(array.shape) > 0
+def _sum(name: str, value: mx.array) -> mx.array:
+    if _is_byte_scale(name, value):
+        return mx.where(value == BYTE_NAN, mx.nan, 0.0).sum()
+    if not mx.issubdtype(value.dtype, mx.floating):
+        return mx.array(0.0)
+    return value.sum().astype(mx.float32)
+
+
+def _finite(name: str, value: mx.array) -> bool:
+    return not _is_byte_scale(name, value) and bool(mx.isfinite(value).all().item())
+
+
+def _is_byte_scale(name: str, value: mx.array) -> bool:
+    """Scales of mxfp4, mxfp8 and nvfp4 are bytes, of which one is no number."""
+    return value.dtype == mx.uint8 and name.endswith(".scales")
 
 
 def _tokenizer(path: Path, config: dict[str, Any]) -> Any:

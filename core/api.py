@@ -37,7 +37,7 @@ def load(
     Args:
         target: folder, hub repository or bundled name; empty is the bundled pair.
         drafter: ``auto`` finds the target's own; else a registered name or a checkpoint.
-        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
+        dtype: ``auto``, ``stored``, ``float32``, ``bfloat16`` or ``float16``.
         plugins: by default all installed ones.
 
     Raises:

@@ -80,7 +80,8 @@ class PipelineBuilder:
         return builder
 
     def dtype(self, name: str) -> PipelineBuilder:
-        """Compute type: ``auto``, ``float32``, ``bfloat16`` or ``float16``."""
+        """Compute type: ``auto``, ``stored`` (nothing cast or unpacked), ``float32``, ``bfloat16``
+        or ``float16``."""
         return self._with(dtype=name)
 
     def drafter(self, use: str | ComponentSpec, **options: Any) -> PipelineBuilder:

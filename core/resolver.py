@@ -46,7 +46,7 @@ from draftloom.spec import SAMPLING_KEYS, ComponentSpec, PipelineSpec
 
 __all__ = ["DTYPES", "Blueprint", "Resolver"]
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = ("auto", "stored", "float32", "bfloat16", "float16")
 
 
 @attrs.frozen(eq=False)

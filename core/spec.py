@@ -107,7 +107,7 @@ class PipelineSpec:
 
     Attributes:
         target: folder, hub repository, or name of a bundled pair; empty is the bundled one.
-        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
+        dtype: ``auto``, ``stored``, ``float32``, ``bfloat16`` or ``float16``.
         drafter: ``auto``, a registered name, or a checkpoint (folder or repository).
         verifier: registered name.
         acceptance: registered name.

@@ -11,7 +11,7 @@ import pytest
 from draftloom import PipelineBuilder
 from draftloom.adapters.bundled import default_pair
 from draftloom.adapters.hub import Hub, Repository
-from draftloom.adapters.weights import check_weight_files
+from draftloom.adapters.weight_files import check_weight_files
 from draftloom.errors import ModelError
 
 from .test_hub_server import HubServer, folder_files, hub_server

@@ -122,7 +122,7 @@ def _kv_differences(layer: int, entry: KVCache, expected: Any, count: int) -> li
         for name, ours, theirs in zip(
             ("keys", "values"), entry.keys_and_values(), expected, strict=True
         )
-        if not np.array_equal(np.array(ours), theirs[:, :, :count])
+        if not np.array_equal(_array(ours), theirs[:, :, :count])
     ]
 
 
@@ -136,10 +136,15 @@ def _slot_differences(layer: int, slots: Any, expected: Any) -> list[str]:
     ]
 
 
+def _array(value: mx.array) -> np.ndarray:
+    """In NumPy, which has no bfloat16."""
+    return np.array(value.astype(mx.float32) if value.dtype == mx.bfloat16 else value)
+
+
 def _same(ours: Any, theirs: np.ndarray | None) -> bool:
     if ours is None or theirs is None:
         return ours is theirs
-    array = np.array(ours)
+    array = _array(ours)
     return array.dtype == theirs.dtype and np.array_equal(array, theirs)
 
 
@@ -159,10 +164,10 @@ def trace(model: nn.Module, rows: Sequence[Sequence[int]]) -> Trace:
             seen.append(_slots(entry))
     mx.eval(outputs)
     _, *features, _, logits = (
-        np.array(mx.concatenate(part, axis=1))[0] for part in zip(*outputs, strict=True)
+        _array(mx.concatenate(part, axis=1))[0] for part in zip(*outputs, strict=True)
     )
     entries = [
-        [np.array(a) for a in entry.keys_and_values()]
+        [_array(a) for a in entry.keys_and_values()]
         if isinstance(entry, KVCache)
         else [_numpy(values) for values in seen]
         for entry, seen in zip(cache, slots, strict=True)
@@ -175,7 +180,7 @@ def _slots(entry: Any) -> list[Any] | None:
 
 
 def _numpy(values: list[Any]) -> list[np.ndarray | None]:
-    return [None if value is None else np.array(value) for value in values]
+    return [None if value is None else _array(value) for value in values]
 
 
 @lru_cache(maxsize=512)
