@@ -147,7 +147,7 @@ def _evaluate(module: nn.Module) -> str:
         sums = [_sum(n, v) for n, v in group]
         mx.eval([v for _, v in group], sums)
         for (suspect, tensor), total in zip(group, sums, strict=True):
-            if not math.isfinite(total.item()) and not _finite(suspect, tensor):
+            if not math.isfinite(float(total)) and not _finite(suspect, tensor):
                 return suspect
         group.clear()
     return ""

@@ -122,7 +122,8 @@ DtypeOption = Annotated[
     str | None,
     typer.Option(
         metavar="TYPE",
-        help="Compute type: auto, stored (as in the file), float32, bfloat16 or float16. Default: auto.",
+        help="Compute type: auto, stored (as in the file), float32, bfloat16 or float16. "
+        "Default: auto.",
         rich_help_panel=PARTS,
     ),
 ]
