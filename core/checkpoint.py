@@ -38,13 +38,16 @@ class WindowRule(enum.StrEnum):
 
 @attrs.frozen
 class MarkovHead:
-    """A bias on the logits that depends on the token before, of low rank (DSpark).
+    """A bias on the logits that depends on the tokens before, of low rank (DSpark).
 
     Attributes:
-        rank: r of ``w2(w1[previous token])``.
+        rank: r. With e = w1[previous token] [r] the bias is w2 of a vector [r] made of it.
+        kind: ``vanilla``: e itself. ``gated``: e times a gate of slot and e. ``rnn``: the output of
+            a recurrent state over the block, from slot and e.
     """
 
     rank: int
+    kind: str = "vanilla"
 
 
 @attrs.frozen

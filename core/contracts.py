@@ -263,6 +263,9 @@ class Draft:
         probs: q. DENSE: [B, K, V] float32. TOP_K: [B, K, k] float32, zero where not drawn from.
         candidates: TOP_K: [B, K, k] int32, the token ids of the probs.
         healthy: [B] bool, False where the drafter's numbers were not finite; None is unchecked.
+        lengths: [B] int32, how many tokens of each row the drafter stands by; None is all of them.
+            Whether token i is among them may depend on the tokens before it only. Those past are
+            drawn from their law all the same: a policy may end there, and need not.
         source: name of the drafter that proposed it; the engine fills it in where empty.
     """
 
@@ -272,6 +275,7 @@ class Draft:
     candidates: mx.array | None = None
     healthy: mx.array | None = None
     source: str = ""
+    lengths: mx.array | None = None
 
     @classmethod
     def deterministic(
@@ -289,6 +293,13 @@ class Draft:
     def width(self) -> int:
         """K, the number of tokens proposed a row."""
         return self.tokens.shape[1]
+
+    def stands(self) -> mx.array:
+        """[B, K] bool: which tokens the drafter stands by."""
+        positions = mx.broadcast_to(mx.arange(self.width), self.tokens.shape)
+        if self.lengths is None:
+            return mx.ones(self.tokens.shape, dtype=mx.bool_)
+        return positions < self.lengths[:, None]
 
     def first(self, width: int) -> Draft:
         """The first `width` tokens of this draft, with their law."""

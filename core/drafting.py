@@ -136,6 +136,8 @@ def _check_shapes(draft: Draft, width: int, vocab_size: int) -> None:
         wanted = vocab_size if draft.candidates is None else draft.candidates.shape[-1]
         if draft.probs.shape[-1] != wanted:
             raise UsageError(f"a q row has {draft.probs.shape[-1]} entries, {wanted} are needed")
+    if draft.lengths is not None and draft.lengths.shape != (1,):
+        raise UsageError(f"lengths is {tuple(draft.lengths.shape)}, one number a row is needed")
     if draft.healthy is not None and draft.healthy.shape != (1,):
         raise UsageError(f"healthy is {tuple(draft.healthy.shape)}, one flag a row is needed")
 

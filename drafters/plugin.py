@@ -14,8 +14,9 @@ __all__ = ["read_drafter_checkpoint", "register_drafters", "resolve_drafter_chec
 
 @hookimpl
 def register_drafters(register: Register) -> None:
-    """dflash, autoregressive, prompt-lookup, cascade, none."""
+    """dflash, dspark, autoregressive, prompt-lookup, cascade, none."""
     register("dflash", "draftloom.drafters.dflash:DFlashDrafter")
+    register("dspark", "draftloom.drafters.dspark:DSparkDrafter")
     register("autoregressive", "draftloom.drafters.autoregressive:AutoregressiveDrafter")
     register("prompt-lookup", "draftloom.drafters.prompt_lookup:PromptLookupDrafter")
     register("cascade", "draftloom.drafters.cascade:CascadeDrafter")

@@ -110,15 +110,19 @@ class LoadedDrafter:
         return found if scale == 1.0 else found * scale
 
     def logits(self, hidden: mx.array) -> mx.array:
-        """Logits [..., draft vocabulary] of hidden states [..., D], before any soft cap."""
+        """Logits [..., draft vocabulary] of hidden states [..., D]; a head of the drafter's own
+        gives them before the soft cap, which keeps their order."""
         own = "lm_head" in self.network
         found: mx.array = self.network.lm_head(hidden) if own else self.target.head(hidden)
         return found
 
-    def capped(self, logits: mx.array) -> mx.array:
-        """Logits with the soft cap; it keeps their order."""
-        cap = self.description.softcap
-        return logits if cap is None else cap * mx.tanh(logits / cap)
+    def scores(self, hidden: mx.array) -> mx.array:
+        """Logits [..., draft vocabulary] that a law is made of: those of a head of its own are
+        capped here, the target's head caps by itself."""
+        logits, cap = self.logits(hidden), self.description.softcap
+        if cap is None or "lm_head" not in self.network:
+            return logits
+        return cap * mx.tanh(logits / cap)
 
     def to_target(self, tokens: mx.array) -> mx.array:
         """The target's ids int32 of tokens of the draft vocabulary."""

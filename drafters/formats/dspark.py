@@ -33,7 +33,7 @@ def read(model: ModelInfo) -> DrafterDescription | None:
     reader = ConfigReader(model, NAME, (*SECTIONS, ""), strict=SECTIONS)
     fields = reader.network()
     fields["tap_layers"] = reader.layers("target_layer_ids")
-    fields["is_causal"] = reader.get("is_causal")
+    fields["is_causal"] = reader.maybe_flag("is_causal")
     fields["draft_vocab_size"] = reader.maybe_whole("draft_vocab_size", least=1)
     fields["first_slot"] = 0 if reader.flag("sample_from_anchor", True) else 1
     fields |= reader.dspark_heads(True, with_markov_default=True)

@@ -23,6 +23,7 @@ WITHOUT_EFFECT = frozenset(
     )
 )
 """Keys that change nothing of what a drafter computes: book-keeping, and what training used."""
+MARKOV_KINDS = ("vanilla", "gated", "rnn")
 FIXED: Mapping[str, tuple[Any, ...]] = {
     "attention_bias": (False,),
     "mlp_bias": (False,),
@@ -75,12 +76,12 @@ class ConfigReader:
     # --- values ------------------------------------------------------------------------------
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value, or the default where the key is absent or null."""
+        """The value; where the key is absent or null the format's default, else this one."""
         self._read.add(key)
         for section in self._sections.values():
             if section.get(key) is not None:
                 return section[key]
-        return default if default is not None else self._defaults.get(key)
+        return self._defaults.get(key, default)
 
     def whole(self, key: str, default: int | None = None, least: int = 0) -> int:
         """A whole number of at least `least`.
@@ -118,6 +119,10 @@ class ConfigReader:
         if not isinstance(value, bool):
             raise self.error(f"{key} must be true or false, got {value!r}")
         return value
+
+    def maybe_flag(self, key: str) -> bool | None:
+        """True or false, or None where the key is absent."""
+        return None if self.get(key) is None else self.flag(key, False)
 
     def layers(self, key: str) -> tuple[int, ...]:
         """Layer numbers, at least one.
@@ -215,14 +220,14 @@ class ConfigReader:
         """
         rank = self.whole("markov_rank", 256)
         kind = self.get("markov_head_type", "vanilla")
-        if rank and kind != "vanilla":
-            raise self.refuse("markov_head_type", kind, "the vanilla Markov head is")
+        if rank and kind not in MARKOV_KINDS:
+            raise self.refuse("markov_head_type", kind, f"{', '.join(MARKOV_KINDS)} are")
         confident = self.flag("enable_confidence_head", confidence_default)
         with_markov = self.flag("confidence_head_with_markov", with_markov_default and rank > 0)
         if confident and with_markov and not rank:
             raise self.error("confidence_head_with_markov needs a markov_rank above 0")
         return {
-            "markov": MarkovHead(rank) if rank else None,
+            "markov": MarkovHead(rank, kind) if rank else None,
             "confidence": ConfidenceHead(with_markov) if confident else None,
         }
 

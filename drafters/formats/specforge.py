@@ -42,7 +42,7 @@ def read(model: ModelInfo) -> DrafterDescription | None:
         raise reader.refuse("pure_draft_prefix_len", reader.get("pure_draft_prefix_len"), DOMINO)
     fields = reader.network()
     fields["tap_layers"] = reader.layers("target_layer_ids")
-    fields["is_causal"] = reader.get("is_causal")
+    fields["is_causal"] = reader.maybe_flag("is_causal")
     if projector == "dspark":
         reader.get("attention_mode")  # says once more how many key/value heads there are
         alpha = reader.number("confidence_head_alpha", 0.0)

@@ -1,4 +1,4 @@
-"""DFlash from its description, in plain float64 NumPy: no caches, no fused operations.
+"""DFlash and DSpark from their description, in plain float64 NumPy: no caches, no fused operations.
 
 Everything is recomputed for every draft, from all features. Written from the paper (arXiv
 2602.06036) and the config keys of the public checkpoints, not from the drafter.
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["DFlashReference"]
+__all__ = ["DFlashReference", "DSparkReference"]
 
 
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
@@ -22,12 +22,14 @@ class DFlashReference:
     """A checkpoint's network.
 
     Args:
-        config: config.json as written.
-        weights: tensors by their z-lab names.
+        config: config.json as z-lab writes it. Besides: `window_from_anchor`, whether a window is
+            counted from the anchor; `first_slot`, the slot that predicts the first draft token.
+        weights: tensors by their z-lab names; `embed_tokens.weight` and `lm_head.weight` go before
+            the target's.
     """
 
     def __init__(self, config: dict[str, Any], weights: dict[str, np.ndarray]) -> None:
-        self.config = {**config, **config["dflash_config"]}
+        self.config = {**config, **config.get("dflash_config", {})}
         self.weights = {k: v.astype(np.float64) for k, v in weights.items()}
 
     def _get(self, key: str, default: Any) -> Any:
@@ -70,6 +72,8 @@ class DFlashReference:
             for key in range(context + tokens):
                 if key >= context:
                     visible[i, key] = not causal or key <= context + i
+                elif kind == "sliding_attention" and self.config.get("window_from_anchor"):
+                    visible[i, key] = key >= context - self.config["sliding_window"]
                 elif kind == "sliding_attention":
                     visible[i, key] = context + i - key < self.config["sliding_window"]
                 else:
@@ -114,10 +118,17 @@ class DFlashReference:
             x = x + (gate / (1 + np.exp(-gate)) * up) @ weight[name + "mlp.down_proj.weight"].T
         return rms_norm(x, weight["norm.weight"], eps) * self._get("output_multiplier", 1.0)
 
+    def slots(self, anchor: int, width: int, taps: np.ndarray, embedding: np.ndarray) -> np.ndarray:
+        """Hidden states [width, D] of the slots that predict draft tokens."""
+        first = self._get("first_slot", 1)
+        block = [anchor] + [self.config["mask_token_id"]] * (width - 1 + first)
+        own = self.weights.get("embed_tokens.weight", embedding)
+        return self.hidden(own[block], taps)[first:]
+
     def logits(
         self, anchor: int, width: int, taps: np.ndarray, embedding: np.ndarray, head: np.ndarray
     ) -> np.ndarray:
-        """Logits [width, V] of the draft slots.
+        """Logits [width, V] of the draft slots, of fewer tokens where the head is its own.
 
         Args:
             anchor: the last committed token.
@@ -125,7 +136,58 @@ class DFlashReference:
             taps: [C, F] features of the tokens before the anchor.
             embedding, head: [V, D] of the target.
         """
-        block = [anchor] + [self.config["mask_token_id"]] * width
-        logits = self.hidden(embedding[block], taps)[1:] @ head.T
+        hidden = self.slots(anchor, width, taps, embedding)
+        logits = hidden @ self.weights.get("lm_head.weight", head).T
         cap = self._get("final_logit_softcapping", None)
         return logits if cap is None else cap * np.tanh(logits / cap)
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+class DSparkReference(DFlashReference):
+    """A DSpark checkpoint's network. `config` names `markov_head_type` and whether the confidence
+    head reads the Markov row (`confidence_head_with_markov`)."""
+
+    def _bias(self, row: np.ndarray, hidden: np.ndarray, state: np.ndarray) -> np.ndarray:
+        """Bias of a slot; the state is changed in place."""
+        weight, kind = self.weights, self._get("markov_head_type", "vanilla")
+        if kind == "gated":
+            inner = np.concatenate([hidden, row])
+            gate = weight["markov_head.gate_proj.weight"] @ inner
+            row = row * sigmoid(gate + weight["markov_head.gate_proj.bias"])
+        elif kind == "rnn":
+            inner = np.concatenate([state, row, hidden])
+            joint = weight["markov_head.joint_proj.weight"] @ inner
+            joint = joint + weight["markov_head.joint_proj.bias"]
+            gate, candidate, output = np.split(joint, 3)
+            state[:] = sigmoid(gate) * state + (1 - sigmoid(gate)) * np.tanh(candidate)
+            row = np.tanh(output)
+        return weight["markov_head.markov_w2.weight"] @ row
+
+    def walk(
+        self,
+        base: np.ndarray,
+        hidden: np.ndarray,
+        previous: list[int],
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Logits [K, draft vocabulary] and confidences [K] of a walk.
+
+        Args:
+            base: [K, draft vocabulary] from `logits`.
+            hidden: [K, D] from `slots`.
+            previous: the target's id before each slot: the anchor, then the drafted tokens.
+        """
+        weight, rows, confidences = self.weights, [], []
+        rank = weight["markov_head.markov_w1.weight"].shape[1]
+        state = np.zeros(rank)
+        for logits, slot, token in zip(base, hidden, previous, strict=True):
+            row = weight["markov_head.markov_w1.weight"][token]
+            rows.append(logits + self._bias(row, slot, state))
+            if "confidence_head.proj.weight" in weight:
+                with_markov = self._get("confidence_head_with_markov", True)
+                inner = np.concatenate([slot, row]) if with_markov else slot
+                score = weight["confidence_head.proj.weight"][0] @ inner
+                confidences.append(sigmoid(score + weight["confidence_head.proj.bias"][0]))
+        return np.stack(rows), np.array(confidences)

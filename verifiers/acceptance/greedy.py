@@ -27,7 +27,9 @@ class GreedyAcceptance:
         The argmax is taken of log-probabilities, as in mlx-lm's `generate_step`.
         """
         best = mx.argmax(log_probs(logits), axis=-1).astype(mx.int32)
-        agrees = (draft.tokens == best[:, : draft.width]).astype(mx.int32)
-        num_accepted = mx.cumprod(agrees, axis=1).sum(axis=1)
+        agrees = draft.tokens == best[:, : draft.width]
+        if draft.lengths is not None:
+            agrees = agrees & draft.stands()
+        num_accepted = mx.cumprod(agrees.astype(mx.int32), axis=1).sum(axis=1)
         next_token = mx.take_along_axis(best, num_accepted[:, None], axis=1)[:, 0]
         return num_accepted, next_token

@@ -32,6 +32,8 @@ class SpeculativeSampling:
         """num_accepted [B] and next_token [B], from logits [B, K+1, V]."""
         p = _law(logits, sampling)
         q = draft_law_rows(draft, p.shape[-1])
+        if draft.lengths is not None:  # where the draft ends, nothing is rejected: p is drawn from
+            q = mx.where(draft.stands()[..., None], q, 0)
         rows, width = draft.tokens.shape
         if width:
             at_token = draft.tokens[..., None]
@@ -39,8 +41,8 @@ class SpeculativeSampling:
             q_token = mx.take_along_axis(q, at_token, axis=-1)[..., 0]
             u = mx.random.uniform(shape=(rows, width), key=sampling.accept_key())
             # u in [0, 1): u * q < p accepts always where p >= q > 0 and never where p = 0.
-            accepted = (u * q_token < p_token).astype(mx.int32)
-            num_accepted = mx.cumprod(accepted, axis=1).sum(axis=1)
+            accepted = (u * q_token < p_token) & draft.stands()
+            num_accepted = mx.cumprod(accepted.astype(mx.int32), axis=1).sum(axis=1)
         else:
             num_accepted = mx.zeros((rows,), dtype=mx.int32)
         law = _row(residual(p, q), num_accepted)
