@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
@@ -9,7 +10,7 @@ from .charts import Bar, Line, bar_plot, line_plot, stacked_plot
 from .measure import WINDOW
 from .stages import STAGES
 
-__all__ = ["render_html"]
+__all__ = ["render_html", "render_table"]
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; }
@@ -41,10 +42,16 @@ ORIGINS = {
 Report = dict[str, Any]
 
 
-def render_html(report: Report) -> str:
-    """The page of a report."""
+def render_html(report: Report, title: str = "", sections: Sequence[str] = ()) -> str:
+    """The page of a report.
+
+    Args:
+        report: from `run_bench`.
+        title: of the page; by default it names the target.
+        sections: HTML to show before the benchmark's own plots.
+    """
     simulated = report["simulated"]
-    title = f"draftloom bench: {report['target']}"
+    title = title or f"draftloom bench: {report['target']}"
     parts = [f"<h1>{escape(title)}</h1>"]
     if simulated:
         rates = ", ".join(f"{rate:g}" for rate in simulated["rates"])
@@ -54,6 +61,7 @@ def render_html(report: Report) -> str:
             "nothing about any drafter.</p>"
         )
     parts.append(_facts(report))
+    parts += sections
     parts += _speed(report)
     parts += _positions(report)
     parts += _windows(report)
@@ -93,7 +101,8 @@ def _facts(report: Report) -> str:
     return f'<div class="scroll"><table>{rows}</table></div>'
 
 
-def _table(headers: list[str], rows: list[list[str]]) -> str:
+def render_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """An HTML table of plain text."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in headers)
     body = "".join(
         f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows
@@ -132,7 +141,7 @@ def _speed(report: Report) -> list[str]:
                 f"{entry['peak_bytes'] / 2**30:.2f}",
             ]
         )
-    return [*parts, _table(headers, rows)]
+    return [*parts, render_table(headers, rows)]
 
 
 def _positions(report: Report) -> list[str]:

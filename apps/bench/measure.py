@@ -34,6 +34,7 @@ __all__ = [
     "check_room",
     "encode_prompts",
     "measure",
+    "repeated_share",
 ]
 
 
@@ -91,6 +92,7 @@ class Run:
         verified_by_position, accepted_by_position: cycles, by draft position.
         windows: (cycles, accepted) of the cycles that began in each `WINDOW` tokens of the text.
         fell_back: why the drafter was given up; empty while it works.
+        repeated: share of the text's 8-grams that were there before; texts that loop are easy.
         same_tokens: whether they are those of plain mlx-lm in the same repeat; None where
             that says nothing (simulated) or there is no such run.
     """
@@ -114,6 +116,7 @@ class Run:
     accepted_by_position: tuple[int, ...] = ()
     windows: tuple[tuple[int, int], ...] = ()
     fell_back: str = ""
+    repeated: float = 0.0
     same_tokens: bool | None = None
 
 
@@ -278,6 +281,7 @@ def _speculative(pipeline: Pipeline, ids: Sequence[int], length: int, stop_at_eo
 
 def _run(place: tuple[str, str, int, int, int, int], prompt: EncodedPrompt, raw: _Raw) -> Run:
     run = Run(*place, len(prompt.ids), len(raw.tokens), raw.prefill, raw.decode, raw.peak)
+    run = attrs.evolve(run, repeated=repeated_share(raw.tokens))
     stats = raw.stats
     if stats is None:
         return run
@@ -292,6 +296,12 @@ def _run(place: tuple[str, str, int, int, int, int], prompt: EncodedPrompt, raw:
         windows=_windows(raw.events),
         fell_back=stats.fell_back,
     )
+
+
+def repeated_share(tokens: Sequence[int], size: int = 8) -> float:
+    """Share 0..1 of the runs of `size` tokens that were there before; 0 for a shorter text."""
+    grams = [tuple(tokens[i : i + size]) for i in range(len(tokens) - size + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def _windows(events: Sequence[CycleEvent]) -> tuple[tuple[int, int], ...]:

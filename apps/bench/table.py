@@ -10,7 +10,7 @@ from rich.table import Table
 
 from .stages import STAGES
 
-__all__ = ["print_report"]
+__all__ = ["print_head", "print_report", "print_table"]
 
 GIB = 2**30
 
@@ -18,19 +18,32 @@ GIB = 2**30
 def print_report(report: dict[str, Any], console: Console) -> None:
     """Print all tables of a report."""
     tag = "simulated: " if report["simulated"] else ""
+    print_head(report, console)
+    for title, headers, rows in _tables(report):
+        print_table(title, headers, rows, console, tag)
+
+
+def print_head(report: dict[str, Any], console: Console) -> None:
+    """Print what ran, on what and how."""
+    tag = "simulated: " if report["simulated"] else ""
     for line in _head(report):
         console.print(f"{tag}{line}", markup=False, soft_wrap=True)
-    for title, headers, rows in _tables(report):
-        console.print(f"\n{tag}{title}", markup=False, soft_wrap=True)
-        if not console.is_terminal:
-            _print_plain(tag, headers, rows, console)
-            continue
-        table = Table(box=None, padding=(0, 2, 0, 0))
-        for index, header in enumerate(headers):
-            table.add_column(header, justify="left" if index < 1 else "right", no_wrap=True)
-        for row in rows:
-            table.add_row(*map(escape, row))
-        console.print(table)
+
+
+def print_table(
+    title: str, headers: list[str], rows: list[list[str]], console: Console, tag: str = ""
+) -> None:
+    """Print a table under its title; `tag` begins every plain line."""
+    console.print(f"\n{tag}{title}", markup=False, soft_wrap=True)
+    if not console.is_terminal:
+        _print_plain(tag, headers, rows, console)
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for index, header in enumerate(headers):
+        table.add_column(header, justify="left" if index < 1 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print(table)
 
 
 def _print_plain(tag: str, headers: list[str], rows: list[list[str]], console: Console) -> None:

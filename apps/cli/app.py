@@ -20,6 +20,7 @@ from .audit import audit
 from .bench import bench_app
 from .chat import chat
 from .doctor import doctor
+from .evaluate import eval_app
 from .generate import generate
 from .models import models
 from .output import say_error
@@ -53,6 +54,7 @@ def build_app(state: CliState) -> typer.Typer:
     app.add_typer(bench_app, name="bench")
     app.add_typer(pipeline_app, name="pipeline")
     app.add_typer(train_app, name="train")
+    app.add_typer(eval_app, name="eval")
     app.command()(models)
     app.command()(plugins)
     app.command()(doctor)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from draftloom.builder import PipelineBuilder
     from draftloom.plugins import PluginManager
 
-__all__ = ["bench_app"]
+__all__ = ["at_least", "bench_app", "check_writable", "say_progress", "write_text"]
 
 bench_app = typer.Typer(
     help="Measure the target alone and pipelines, in one run.", pretty_exceptions_enable=False
@@ -187,8 +187,8 @@ def bench(
         widths=width or (),
     )
     for file in (json_file, html_file):
-        _check_writable(file)
-    _at_least(1, limit=limit, repeats=repeats, warm_up=warm_up)
+        check_writable(file)
+    at_least(1, limit=limit, repeats=repeats, warm_up=warm_up)
     if not 0 <= cool_down < float("inf"):
         raise UsageError(f"--cool-down must be at least 0 seconds, got {cool_down:g}")
     from draftloom.apps.bench.measure import Settings
@@ -208,7 +208,7 @@ def bench(
             subject, prompts = _real(builders, _PromptChoice(suite or (), dataset or (), limit))
         else:
             _refuse_with_simulation(target, chosen, suite, dataset)
-            _at_least(2, prompt_tokens=prompt_tokens)
+            at_least(2, prompt_tokens=prompt_tokens)
             if shape is None:
                 raise UsageError("--simulate-acceptance needs a shape", "--shape qwen3.5-4b")
             options = (shape, _rates(simulate_acceptance), prompt_tokens)
@@ -280,22 +280,28 @@ def _run(
     from draftloom.apps.bench.table import print_report
 
     check_room(subject, settings, prompts)
-    report = run_bench(subject, settings, prompts, stages=stages, progress=_progress)
+    report = run_bench(subject, settings, prompts, stages=stages, progress=say_progress)
     print_report(report, Console(highlight=False))
     json_file, html_file = files
     if json_file is not None:
-        _write(json_file, json.dumps(report, indent=1) + "\n")
+        write_text(json_file, json.dumps(report, indent=1) + "\n")
     if html_file is not None:
-        _write(html_file, render_html(report))
+        write_text(html_file, render_html(report))
 
 
-def _progress(what: str) -> None:
+def say_progress(what: str) -> None:
+    """What runs next, on a terminal."""
     console = Console(stderr=True, highlight=False)
     if console.is_terminal:
         console.print(what, style="dim", markup=False)
 
 
-def _at_least(least: int, **values: int) -> None:
+def at_least(least: int, **values: int) -> None:
+    """Refuse options below a number.
+
+    Raises:
+        UsageError: one is; names it.
+    """
     for name, value in values.items():
         if value < least:
             raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
@@ -323,12 +329,22 @@ def _rates(text: str) -> tuple[float, ...]:
     return rates
 
 
-def _check_writable(file: Path | None) -> None:
+def check_writable(file: Path | None) -> None:
+    """Refuse a file that cannot be written, before anything is measured.
+
+    Raises:
+        UsageError: it is a folder, or its folder is not there.
+    """
     if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
         raise UsageError(f"{file} cannot be written", "give a file in a folder that exists")
 
 
-def _write(file: Path, text: str) -> None:
+def write_text(file: Path, text: str) -> None:
+    """Write a file.
+
+    Raises:
+        UsageError: the disk refuses.
+    """
     try:
         file.write_text(text, encoding="utf-8")
     except OSError as error:
