@@ -18,6 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import attrs
 import mlx.core as mx
 from mlx_lm.generate import generate_step
+from mlx_lm.sample_utils import make_logits_processors
+
+from draftloom.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from draftloom.builder import PipelineBuilder
@@ -188,6 +191,7 @@ def run_reference(
     eos: frozenset[int],
     limit: int,
     kv_cache: Mapping[str, int] | None = None,
+    params: SamplingParams | None = None,
 ) -> Reference:
     """Let mlx-lm decode until the text ends or leaves `ours`.
 
@@ -198,6 +202,7 @@ def run_reference(
         eos: tokens that end the text.
         limit: tokens at most.
         kv_cache: mlx-lm's settings of quantized caches; None for plain ones.
+        params: its bias, penalties and processors are applied by mlx-lm.
     """
     rows: deque[mx.array] = deque()
 
@@ -208,8 +213,9 @@ def run_reference(
     tokens: list[int] = []
     row = mx.zeros((1,))
     settings: Any = kv_cache or {}
+    processors = [*_processors(params or SamplingParams()), keep]
     steps = generate_step(
-        mx.array(list(prompt)), model, max_tokens=limit, logits_processors=[keep], **settings
+        mx.array(list(prompt)), model, max_tokens=limit, logits_processors=processors, **settings
     )
     for token, _ in steps:
         row = rows.popleft()  # mlx-lm is one step ahead: the later rows are of later tokens
@@ -218,6 +224,18 @@ def run_reference(
         if tokens[-1] in eos or index >= len(ours) or tokens[-1] != ours[index]:
             break
     return Reference(tuple(tokens), row)
+
+
+def _processors(params: SamplingParams) -> list[Any]:
+    """mlx-lm's own processors for the same parameters."""
+    built_in = make_logits_processors(
+        logit_bias=dict(params.logit_bias),
+        **params.penalties(),
+        repetition_context_size=params.repetition_context_size,
+        presence_context_size=params.presence_context_size,
+        frequency_context_size=params.frequency_context_size,
+    )
+    return [*built_in, *params.logits_processors]
 
 
 @attrs.frozen
@@ -250,7 +268,10 @@ def run_audit(
         generated = []
         for text in prompts:
             ids = pipeline.encode(text)
-            result = pipeline.generate(ids, max_tokens=max_tokens, temperature=0.0)
+            # Greedy decoding has no use for XTC, and refuses it.
+            result = pipeline.generate(
+                ids, max_tokens=max_tokens, temperature=0.0, xtc_probability=0.0
+            )
             generated.append(
                 _Generated(
                     text,
@@ -263,12 +284,13 @@ def run_audit(
         model, names = pipeline.model, result.pipeline if generated else pipeline.names
         eos = frozenset(getattr(pipeline.tokenizer, "eos_token_ids", None) or ())
         context, kv_cache = pipeline.target.context_limit, pipeline.spec.kv_cache
+        params = pipeline.sampling
     # The pipeline is closed: the model is as mlx-lm loaded it.
     entries, dtype = [], ""
     settings = None if kv_cache is None else attrs.asdict(kv_cache)
     for item in generated:
         limit = max_tokens if context is None else min(max_tokens, context - len(item.prompt))
-        reference = run_reference(model, item.prompt, item.tokens, eos, limit, settings)
+        reference = run_reference(model, item.prompt, item.tokens, eos, limit, settings, params)
         dtype = str(reference.logits.dtype).removeprefix("mlx.core.")
         entries.append(_compare(item, reference))
     return AuditReport(names, dtype, str(mx.default_device()), tuple(entries))

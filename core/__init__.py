@@ -63,7 +63,13 @@ if TYPE_CHECKING:
         UnsupportedModelError,
         UsageError,
     )
-    from draftloom.events import CycleEvent, FailureEvent, GenerationStats, PrefillEvent
+    from draftloom.events import (
+        CycleEvent,
+        FailureEvent,
+        GenerationStats,
+        PrefillEvent,
+        TokenLogprob,
+    )
     from draftloom.graph import Graph, Node
     from draftloom.hookspecs import Register, hookimpl
     from draftloom.kv_cache import KVQuantization
@@ -77,7 +83,7 @@ if TYPE_CHECKING:
     )
     from draftloom.plugins import PluginManager
     from draftloom.resolver import Blueprint
-    from draftloom.sampling import SamplingParams, SamplingState
+    from draftloom.sampling import LogitsProcessor, SamplingParams, SamplingState
     from draftloom.spec import ComponentSpec, InsertSpec, PipelineSpec
 
 __version__ = "0.1.0"
@@ -118,6 +124,7 @@ __all__ = [
     "KVQuantization",
     "LayerSpeculation",
     "LoadedModel",
+    "LogitsProcessor",
     "MarkovHead",
     "ModelError",
     "ModelInfo",
@@ -141,6 +148,7 @@ __all__ = [
     "TargetInfo",
     "TargetOutput",
     "TextGeneration",
+    "TokenLogprob",
     "UnknownNameError",
     "UnsupportedModelError",
     "UsageError",
@@ -214,6 +222,7 @@ _EXPORTS = {
         "FailureEvent",
         "GenerationStats",
         "PrefillEvent",
+        "TokenLogprob",
     ),
     "graph": (
         "Graph",
@@ -235,6 +244,7 @@ _EXPORTS = {
     "plugins": ("PluginManager",),
     "resolver": ("Blueprint",),
     "sampling": (
+        "LogitsProcessor",
         "SamplingParams",
         "SamplingState",
     ),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
+import attrs
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import GenerationResponse, wired_limit
@@ -19,7 +20,7 @@ from draftloom.errors import UsageError
 from draftloom.model_info import ModelInfo
 from draftloom.pipeline import GenerateOptions, Pipeline
 from draftloom.plugins import PluginManager
-from draftloom.sampling import log_probs
+from draftloom.sampling import LogitsProcessor, SamplingParams, log_probs
 from draftloom.spec import ComponentSpec
 
 __all__ = ["StreamOptions", "load", "stream_generate"]
@@ -55,6 +56,17 @@ class StreamOptions(TypedDict, total=False):
     top_k: int
     min_p: float
     seed: int
+    xtc_probability: float
+    xtc_threshold: float
+    xtc_special_tokens: Sequence[int] | None
+    repetition_penalty: float
+    repetition_context_size: int
+    presence_penalty: float
+    presence_context_size: int
+    frequency_penalty: float
+    frequency_context_size: int
+    logit_bias: Mapping[int, float]
+    logits_processors: Sequence[LogitsProcessor]
     num_draft_tokens: int
     prompt_cache: list[Any]
     prefill_step_size: int
@@ -64,9 +76,11 @@ class StreamOptions(TypedDict, total=False):
     prompt_progress_callback: Callable[[int, int], None]
 
 
+_SAMPLING = tuple(field.name for field in attrs.fields(SamplingParams))
+
 _REPLACED = {
-    "sampler": "give temperature, top_p, top_k and min_p: the drafter has to know them too",
-    "logits_processors": "insert a node that rewrites the logits: PipelineBuilder.insert",
+    "sampler": "give temperature, top_p, top_k, min_p, xtc_probability: a draft is judged by the "
+    "law that they make, and a sampler gives tokens only",
 }
 """mlx-lm's arguments that are asked for in another way here."""
 
@@ -92,7 +106,8 @@ def stream_generate(
         drafter: a registered name, a checkpoint or a component; ``auto`` is `draft_model` where
             one is given and prompt lookup where not.
         **options: see `StreamOptions`. mlx-lm's `sampler` callable is not taken: give the
-            sampling parameters, which the drafter has to know as well.
+            sampling parameters instead. `logits_processors` are mlx-lm's, called once a verified
+            position.
 
     Raises:
         UsageError: an argument that cannot be honoured.
@@ -120,11 +135,7 @@ def stream_generate(
     )
     chosen = GenerateOptions(
         max_tokens=None if max_tokens == -1 else max_tokens,
-        temperature=options.get("temperature"),
-        top_p=options.get("top_p"),
-        top_k=options.get("top_k"),
-        min_p=options.get("min_p"),
-        seed=options.get("seed"),
+        **{name: options[name] for name in _SAMPLING if name in options},  # type: ignore
         cache=options.get("prompt_cache"),
         prefill_chunk=options.get("prefill_step_size", 2048),
         on_prefill=options.get("prompt_progress_callback"),

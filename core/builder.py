@@ -27,7 +27,7 @@ from draftloom.model_info import ModelInfo
 from draftloom.pipeline import Pipeline
 from draftloom.plugins import PluginManager
 from draftloom.resolver import Blueprint, Resolver
-from draftloom.spec import ComponentSpec, InsertSpec, PipelineSpec
+from draftloom.spec import ComponentSpec, InsertSpec, PipelineSpec, freeze_sampling
 
 __all__ = ["PipelineBuilder"]
 
@@ -128,9 +128,10 @@ class PipelineBuilder:
             )
         return self.width(size - 1)
 
-    def sampling(self, **params: float) -> PipelineBuilder:
-        """Default sampling parameters: temperature, top_p, top_k, min_p, seed."""
-        return self._with(sampling=tuple(sorted(params.items())))
+    def sampling(self, **params: Any) -> PipelineBuilder:
+        """Default sampling parameters: the fields of `SamplingParams`."""
+        frozen = ((name, freeze_sampling(value)) for name, value in params.items())
+        return self._with(sampling=tuple(sorted(frozen, key=lambda pair: pair[0])))
 
     def kv_cache(
         self, kv_bits: int | None, kv_group_size: int = 64, quantized_kv_start: int = 5000

@@ -149,6 +149,11 @@ class ComponentInfo:
     outputs: tuple[Port, ...] = ()
     details: str = ""
 
+    @property
+    def lossless(self) -> bool:
+        """Whether a policy promises the target's own tokens or law."""
+        return self.preserves in (Preserves.GREEDY, Preserves.DISTRIBUTION)
+
 
 # --- the target ------------------------------------------------------------------------------
 

@@ -39,10 +39,13 @@ from draftloom.events import (
     FailureEvent,
     FinishReason,
     GenerationStats,
+    Outcome,
     PrefillEvent,
 )
 from draftloom.graph import Graph
 from draftloom.kv_cache import KVConversion, KVQuantization
+from draftloom.logprobs import LogprobReader
+from draftloom.processing import LogitsProcessing
 from draftloom.sampling import SamplingParams, SamplingState
 
 __all__ = ["Engine", "EngineParts", "EngineRequest", "Outcome"]
@@ -90,6 +93,8 @@ class EngineRequest:
         cache: caches to go on with (they hold what came before the prompt); None makes new ones.
         cancelled: polled once a cycle; True ends the text there.
         on_prefill: told (tokens done, tokens of the prompt) after every chunk.
+        logprobs: give each token's log-probability, and this many of the most likely tokens;
+            None gives none.
     """
 
     prompt: tuple[int, ...]
@@ -100,26 +105,7 @@ class EngineRequest:
     cache: list[Any] | None = None
     cancelled: Callable[[], bool] | None = None
     on_prefill: Callable[[int, int], None] | None = None
-
-
-@attrs.frozen
-class Outcome:
-    """What a cycle decided, on the host.
-
-    Attributes:
-        num_accepted: as the acceptance policy decided.
-        kept: draft tokens the caches keep, less where the text ends inside the block; None
-            takes the whole cycle back.
-        tokens: tokens committed to the text.
-        committed: tokens the caches take in: the anchor and the kept draft tokens.
-        finish_reason: why the text ends here, or None.
-    """
-
-    num_accepted: int
-    kept: int | None
-    tokens: tuple[int, ...]
-    committed: tuple[int, ...]
-    finish_reason: FinishReason | None
+    logprobs: int | None = None
 
 
 class Engine:
@@ -140,11 +126,16 @@ class Engine:
         if request.prefill_chunk < 1:
             raise UsageError(f"prefill_chunk must be at least 1, got {request.prefill_chunk}")
         self.sampling = SamplingState(request.sampling)
+        self._scores: LogprobReader | None = None
+        if request.logprobs is not None:
+            self._scores = LogprobReader(request.logprobs, self._vocab_size)
         self.acceptance = self._policy()
         self.cache = parts.target.make_cache() if request.cache is None else request.cache
         self._conversion = KVConversion(parts.kv_quantization, self.cache)
         self.stats = GenerationStats(prompt_tokens=len(request.prompt))
         self._limit = self._token_limit()
+        self._emitted: list[int] = []
+        self._processing = LogitsProcessing(request.sampling, request.prompt, self._emitted)
         widest = parts.drafter.info.max_width
         self._max_width = UNLIMITED_WIDTH if widest is None else widest
         self._plan = parts.graph.compile(self._calls())
@@ -153,7 +144,6 @@ class Engine:
         self._anchor = request.prompt[-1]
         self._clock = time.perf_counter()
         self._last: CycleEvent | None = None
-        self._emitted: list[int] = []
         self._finished = False
 
     def _policy(self) -> AcceptancePolicy:
@@ -329,6 +319,7 @@ class Engine:
             source=draft.source,
             seconds=seconds,
             finish_reason=outcome.finish_reason,
+            logprobs=outcome.logprobs,
         )
 
     def _attempt(self) -> None:
@@ -406,6 +397,7 @@ class Engine:
             "draft": self._draft,
             "speculate": self._speculate,
             "verify": lambda block, spec: parts.verifier.verify(parts.target, block, spec),
+            "process": self._processing,
             "accept": lambda draft, logits: policy.accept(draft, logits, self.sampling),
             "read": self._read,
             "rollback": self._roll_back,
@@ -427,23 +419,36 @@ class Engine:
         return block, self._speculation
 
     def _read(
-        self, draft: Draft, num_accepted: mx.array, next_token: mx.array
+        self, draft: Draft, logits: mx.array, num_accepted: mx.array, next_token: mx.array
     ) -> tuple[Outcome, mx.array]:
         """The one blocking read of a cycle: counts, next token, health and tokens at once."""
+        width, dead, scores = draft.width, self._processing.dead, []
         columns = [num_accepted.astype(mx.int32)[:, None], next_token.astype(mx.int32)[:, None]]
-        if draft.width:
+        if width:
             healthy = mx.array([True]) if draft.healthy is None else draft.healthy
             columns += [healthy.astype(mx.int32)[:, None], draft.tokens.astype(mx.int32)]
-        row: list[int] = mx.concatenate(columns, axis=1).tolist()[0]  # type: ignore
-        accepted, following, drafted = row[0], row[1], tuple(row[3:])
-        if draft.width and not row[2]:
+        if dead is not None:
+            columns.append(dead.astype(mx.int32)[None])
+        packed = mx.concatenate(columns, axis=1)
+        if self._scores is not None:
+            scores = self._scores.lazy(logits, draft.tokens, num_accepted, next_token)
+            mx.eval(packed, *scores)
+        row: list[int] = packed.tolist()[0]  # type: ignore
+        accepted, following, drafted = row[0], row[1], tuple(row[3 : 3 + width])
+        if width and not row[2]:
             raise UnusableDraftError("numbers that are not finite, or ids outside the vocabulary")
-        if not 0 <= accepted <= draft.width or not 0 <= following < self._vocab_size:
+        if not 0 <= accepted <= width or not 0 <= following < self._vocab_size:
             raise GenerationError(
                 f"acceptance policy {self.acceptance.info.name!r} gave num_accepted "
-                f"{accepted} of {draft.width} and next token {following}"
+                f"{accepted} of {width} and next token {following}"
             )
-        return self._decide(accepted, (*drafted[:accepted], following)), next_token
+        outcome = self._decide(accepted, (*drafted[:accepted], following))
+        blocked = () if dead is None else [flag != 0 for flag in row[-width - 1 :]]
+        self._processing.check_used(len(outcome.tokens), blocked)
+        if self._scores is not None:
+            records = self._scores.records(scores, outcome.tokens)
+            outcome = attrs.evolve(outcome, logprobs=records)
+        return outcome, next_token
 
     def _decide(self, accepted: int, tokens: tuple[int, ...]) -> Outcome:
         """Cut the block where the text ends."""

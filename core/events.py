@@ -11,7 +11,9 @@ __all__ = [
     "FailureEvent",
     "FinishReason",
     "GenerationStats",
+    "Outcome",
     "PrefillEvent",
+    "TokenLogprob",
 ]
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -31,6 +33,28 @@ class PrefillEvent:
 
 
 @attrs.frozen
+class TokenLogprob:
+    """How likely the target thought a token of the text.
+
+    Attributes:
+        token_id: the token.
+        logprob: its natural log-probability, after bias, penalties and processors, before
+            temperature and filters, as in mlx-lm.
+        top: the most likely tokens there and their log-probabilities, best first, as many as
+            were asked for.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, as the command line prints it."""
+        top = [{"token_id": token, "logprob": value} for token, value in self.top]
+        return {"token_id": self.token_id, "logprob": self.logprob, "top": top}
+
+
+@attrs.frozen
 class CycleEvent:
     """One cycle: draft, verify, accept, roll back, commit.
 
@@ -44,6 +68,7 @@ class CycleEvent:
         source: name of the drafter that proposed; empty when nothing was proposed.
         seconds: wall time since the cycle before.
         finish_reason: why the text ends here; None while it goes on.
+        logprobs: one record a token, where they were asked for.
     """
 
     index: int
@@ -54,10 +79,37 @@ class CycleEvent:
     source: str
     seconds: float
     finish_reason: FinishReason | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for a trace."""
-        return attrs.asdict(self)
+        fields = {a.name: getattr(self, a.name) for a in attrs.fields(CycleEvent)}
+        del fields["logprobs"]
+        if self.logprobs:
+            fields["logprobs"] = [record.as_dict() for record in self.logprobs]
+        return fields
+
+
+@attrs.frozen
+class Outcome:
+    """What a cycle decided, on the host.
+
+    Attributes:
+        num_accepted: as the acceptance policy decided.
+        kept: draft tokens the caches keep, less where the text ends inside the block; None
+            takes the whole cycle back.
+        tokens: tokens committed to the text.
+        committed: tokens the caches take in: the anchor and the kept draft tokens.
+        finish_reason: why the text ends here, or None.
+        logprobs: one record a token, where they were asked for.
+    """
+
+    num_accepted: int
+    kept: int | None
+    tokens: tuple[int, ...]
+    committed: tuple[int, ...]
+    finish_reason: FinishReason | None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @attrs.frozen

@@ -64,8 +64,9 @@ def standard_nodes(
         Node("draft", drafter, (ANCHOR, WIDTH), (DRAFT,)),
         Node("speculate", rollback, (ANCHOR, DRAFT), (BLOCK, SPECULATION)),
         Node("verify", verifier, (BLOCK, SPECULATION), (LOGITS, FEATURES)),
+        Node("process", "sampling", (BLOCK, LOGITS), (LOGITS,)),
         Node("accept", acceptance, (DRAFT, LOGITS), (NUM_ACCEPTED, NEXT_TOKEN)),
-        Node("read", "engine", (DRAFT, NUM_ACCEPTED, NEXT_TOKEN), (OUTCOME, ANCHOR)),
+        Node("read", "engine", (DRAFT, LOGITS, NUM_ACCEPTED, NEXT_TOKEN), (OUTCOME, ANCHOR)),
         Node("rollback", rollback, (SPECULATION, OUTCOME), ()),
         Node("observe", drafter, (OUTCOME, FEATURES), ()),
     ]

@@ -11,9 +11,9 @@ from mlx_lm.generate import wired_limit
 from draftloom.contracts import CycleNode, TargetInfo
 from draftloom.engine import Engine, EngineParts, EngineRequest
 from draftloom.errors import UsageError
-from draftloom.events import CycleEvent, FinishReason, GenerationStats
+from draftloom.events import CycleEvent, FinishReason, GenerationStats, TokenLogprob
 from draftloom.graph import Graph
-from draftloom.sampling import SamplingParams
+from draftloom.sampling import LogitsProcessor, SamplingParams
 from draftloom.spec import PipelineSpec
 from draftloom.text import TextStream
 
@@ -21,6 +21,8 @@ __all__ = ["Chunk", "GenerateOptions", "GenerationResult", "Message", "Pipeline"
 
 Message = dict[str, Any]
 """A chat message: ``{"role": ..., "content": ...}``."""
+LogitBias = Mapping[int, float] | tuple[tuple[int, float], ...]
+"""Numbers by token id."""
 Prompt = str | Sequence[int] | Sequence[Message]
 """Text, token ids, or the messages of a chat."""
 
@@ -35,7 +37,12 @@ class GenerateOptions:
 
     Attributes:
         max_tokens: tokens at most; None goes up to the context limit.
-        temperature, top_p, top_k, min_p, seed: see `SamplingParams`; None keeps the pipeline's.
+        temperature, top_p, top_k, min_p, seed, xtc_probability, xtc_threshold,
+        xtc_special_tokens, repetition_penalty, repetition_context_size, presence_penalty,
+        presence_context_size, frequency_penalty, frequency_context_size, logit_bias,
+        logits_processors: see `SamplingParams`; None keeps the pipeline's.
+        logprobs: give the log-probability of every token.
+        top_logprobs: give so many of the most likely tokens with it.
         stop: strings that end the text.
         ignore_eos: go on past end-of-sequence tokens (for benchmarks).
         thinking: for chat templates that have the switch; None is the template's default.
@@ -52,6 +59,19 @@ class GenerateOptions:
     top_k: int | None = None
     min_p: float | None = None
     seed: int | None = None
+    xtc_probability: float | None = None
+    xtc_threshold: float | None = None
+    xtc_special_tokens: Sequence[int] | None = None
+    repetition_penalty: float | None = None
+    repetition_context_size: int | None = None
+    presence_penalty: float | None = None
+    presence_context_size: int | None = None
+    frequency_penalty: float | None = None
+    frequency_context_size: int | None = None
+    logit_bias: LogitBias | None = None
+    logits_processors: Sequence[LogitsProcessor] | None = None
+    logprobs: bool = False
+    top_logprobs: int = 0
     stop: tuple[str, ...] = attrs.field(default=(), converter=_stop)
     ignore_eos: bool = False
     thinking: bool | None = None
@@ -63,7 +83,7 @@ class GenerateOptions:
 
     def sampling(self, default: SamplingParams) -> SamplingParams:
         """The default with what was given here on top."""
-        names = ("temperature", "top_p", "top_k", "min_p", "seed")
+        names = [field.name for field in attrs.fields(SamplingParams)]
         given = {n: getattr(self, n) for n in names if getattr(self, n) is not None}
         return attrs.evolve(default, **given)
 
@@ -77,6 +97,19 @@ class OptionNames(TypedDict, total=False):
     top_k: int | None
     min_p: float | None
     seed: int | None
+    xtc_probability: float | None
+    xtc_threshold: float | None
+    xtc_special_tokens: Sequence[int] | None
+    repetition_penalty: float | None
+    repetition_context_size: int | None
+    presence_penalty: float | None
+    presence_context_size: int | None
+    frequency_penalty: float | None
+    frequency_context_size: int | None
+    logit_bias: LogitBias | None
+    logits_processors: Sequence[LogitsProcessor] | None
+    logprobs: bool
+    top_logprobs: int
     stop: str | Sequence[str]
     ignore_eos: bool
     thinking: bool | None
@@ -103,6 +136,11 @@ class Chunk:
     cycle: CycleEvent
     finish_reason: FinishReason | None = None
 
+    @property
+    def logprobs(self) -> tuple[TokenLogprob, ...]:
+        """One record a token, where they were asked for."""
+        return self.cycle.logprobs[: len(self.token_ids)]
+
 
 @attrs.frozen
 class GenerationResult:
@@ -115,6 +153,8 @@ class GenerationResult:
         stats: counts and rates.
         seed: the seed in use.
         pipeline: names of target, adapter, drafter, verifier, acceptance, rollback, width.
+        lossless: whether the acceptance policy promises the target's own tokens or law.
+        logprobs: one record a token of `token_ids`; None where they were not asked for.
     """
 
     text: str
@@ -123,10 +163,14 @@ class GenerationResult:
     stats: GenerationStats
     seed: int
     pipeline: dict[str, str]
+    lossless: bool = True
+    logprobs: tuple[TokenLogprob, ...] | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, as the command line prints it."""
-        stats = self.stats
+        """Plain data, as the command line prints it; ``logprobs`` only where asked for."""
+        stats, scores = self.stats, {}
+        if self.logprobs is not None:
+            scores["logprobs"] = [record.as_dict() for record in self.logprobs]
         return {
             "text": self.text,
             "token_ids": list(self.token_ids),
@@ -142,7 +186,9 @@ class GenerationResult:
             "decode_tokens_per_second": stats.decode_tokens_per_second,
             "fell_back": stats.fell_back,
             "seed": self.seed,
+            "lossless": self.lossless,
             "pipeline": self.pipeline,
+            **scores,
         }
 
 
@@ -195,6 +241,11 @@ class Pipeline:
     def describe(self) -> str:
         """The pipeline as text."""
         return self.graph.describe()
+
+    @property
+    def lossless(self) -> bool:
+        """Whether the acceptance policy promises the target's own tokens or law."""
+        return self._parts.acceptance.info.lossless
 
     def encode(self, prompt: Prompt, thinking: bool | None = None) -> tuple[int, ...]:
         """Token ids of a prompt: text as mlx-lm encodes it, messages through the chat template.
@@ -259,14 +310,25 @@ class Pipeline:
         request = EngineRequest(
             prompt=prompt,
             max_tokens=options.max_tokens,
-            sampling=options.sampling(self.sampling),
+            sampling=self._sampling(options),
             eos_token_ids=frozenset(() if options.ignore_eos else eos),
             prefill_chunk=options.prefill_chunk,
             cache=options.cache,
             cancelled=options.cancelled,
             on_prefill=options.on_prefill,
+            logprobs=options.top_logprobs if options.logprobs or options.top_logprobs else None,
         )
         return Engine(self._parts, request)
+
+    def _sampling(self, options: GenerateOptions) -> SamplingParams:
+        """The request's parameters; XTC spares what mlx-lm's command line spares."""
+        params = options.sampling(self.sampling)
+        if not params.xtc_probability or params.xtc_special_tokens is not None:
+            return params
+        tokenizer, special = self.tokenizer, set[int]()
+        if tokenizer is not None:
+            special = {*tokenizer.encode("\n"), *tokenizer.eos_token_ids}
+        return attrs.evolve(params, xtc_special_tokens=sorted(special))
 
     def close(self) -> None:
         """Undo what adapters did to the model. The pipeline cannot be used afterwards."""
@@ -317,6 +379,11 @@ class TextGeneration(Iterator[Chunk]):
         return {**self._pipeline.names, "acceptance": self._engine.acceptance.info.name}
 
     @property
+    def lossless(self) -> bool:
+        """Whether the acceptance policy promises the target's own tokens or law."""
+        return self._engine.acceptance.info.lossless
+
+    @property
     def cache(self) -> list[Any]:
         """The target's caches."""
         return self._engine.cache
@@ -334,7 +401,14 @@ class TextGeneration(Iterator[Chunk]):
             stats=self.stats,
             seed=self.seed,
             pipeline=self.names,
+            lossless=self.lossless,
+            logprobs=self._logprobs(chunks),
         )
+
+    def _logprobs(self, chunks: Sequence[Chunk]) -> tuple[TokenLogprob, ...] | None:
+        if not (self._options.logprobs or self._options.top_logprobs):
+            return None
+        return tuple(record for chunk in chunks for record in chunk.logprobs)
 
     def close(self) -> None:
         """Stop here. The caches hold what was handed out."""
@@ -347,7 +421,9 @@ class TextGeneration(Iterator[Chunk]):
             with wired_limit(self._pipeline.model):
                 for event in engine.cycles():
                     chunk = self._chunk(event, eos)
-                    on_cycle(attrs.evolve(event, token_ids=chunk.token_ids))
+                    on_cycle(
+                        attrs.evolve(event, token_ids=chunk.token_ids, logprobs=chunk.logprobs)
+                    )
                     yield chunk
                     if chunk.finish_reason is not None:
                         return

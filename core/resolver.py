@@ -98,7 +98,7 @@ class Resolver:
         target: TargetInfo = attrs.evolve(adapter.describe(model), adapter=component.name)
         self._check_dtype()
         self._check_kv_cache(adapter, component.name, model)
-        sampling = self._attempt("sampling", self._sampling)
+        sampling = self._attempt("sampling", partial(self._sampling, target.vocab_size))
         drafter = self._drafter(target, model)
         verifier = self._make("verifier", self.spec.verifier)
         acceptance = self._make("acceptance", self.spec.acceptance)
@@ -166,12 +166,16 @@ class Resolver:
             message = f"{model.model_type} cannot run on quantized caches: {reason}"
             self._problem("kv_cache", message, "leave kv_bits out")
 
-    def _sampling(self) -> SamplingParams:
-        unknown = [name for name, _ in self.spec.sampling if name not in SAMPLING_KEYS]
+    def _sampling(self, vocab_size: int) -> SamplingParams:
+        known = (*SAMPLING_KEYS, "logits_processors")
+        unknown = [name for name, _ in self.spec.sampling if name not in known]
         if unknown:
-            hint = did_you_mean(unknown[0], SAMPLING_KEYS)
-            raise UsageError(f"unknown parameter {unknown[0]!r}", hint)
-        return SamplingParams(**dict(self.spec.sampling))  # type: ignore[arg-type]
+            raise UsageError(
+                f"unknown parameter {unknown[0]!r}", did_you_mean(unknown[0], SAMPLING_KEYS)
+            )
+        params = SamplingParams(**dict(self.spec.sampling))
+        params.check_vocabulary(vocab_size)
+        return params
 
     # --- components --------------------------------------------------------------------------
 
@@ -333,6 +337,13 @@ class Resolver:
         )
         if self.spec.kv_cache is not None:
             notes += (("kv cache", str(self.spec.kv_cache)),)
+        if not acceptance.info.lossless:
+            notes += (
+                (
+                    "output",
+                    f"lossy: acceptance {acceptance.info.name!r} may leave the target's own text",
+                ),
+            )
         standard = standard_nodes(
             _width_name(width),
             drafter.info.name,

@@ -20,7 +20,24 @@ from draftloom.kv_cache import KVQuantization
 __all__ = ["ComponentSpec", "InsertSpec", "PipelineSpec"]
 
 AUTO = "auto"
-SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "seed")
+SAMPLING_KEYS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "xtc_probability",
+    "xtc_threshold",
+    "xtc_special_tokens",
+    "repetition_penalty",
+    "repetition_context_size",
+    "presence_penalty",
+    "presence_context_size",
+    "frequency_penalty",
+    "frequency_context_size",
+    "logit_bias",
+)
+"""What a file can say: all of `SamplingParams` but processors, which are code."""
 
 
 def _freeze(value: Any) -> Any:
@@ -126,8 +143,8 @@ class PipelineSpec:
     acceptance: ComponentSpec = ComponentSpec()
     rollback: ComponentSpec | tuple[tuple[str, ComponentSpec], ...] = ComponentSpec()
     width: ComponentSpec = ComponentSpec()
-    sampling: tuple[tuple[str, float | int], ...] = ()
     kv_cache: KVQuantization | None = None
+    sampling: tuple[tuple[str, Any], ...] = ()
     inserts: tuple[InsertSpec, ...] = ()
 
     @classmethod
@@ -183,7 +200,7 @@ class PipelineSpec:
         if self.rollback != default.rollback:
             lines.append(f"rollback = {_toml(_data(self.rollback))}")
         if self.sampling:
-            lines.append(f"sampling = {_toml(dict(self.sampling))}")
+            lines.append(f"sampling = {_toml(_sampling_table(self.sampling))}")
         if self.kv_cache is not None:
             lines.append(f"kv_cache = {_toml(self.kv_cache.as_data())}")
         for insert in self.inserts:
@@ -247,7 +264,25 @@ def _rollback(value: Any) -> ComponentSpec | tuple[tuple[str, ComponentSpec], ..
     return ComponentSpec.of(value)
 
 
-def _sampling(value: Any) -> tuple[tuple[str, float | int], ...]:
+def _sampling_table(pairs: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+    """Sampling parameters as they are written: the bias as a table of token ids.
+
+    Raises:
+        UsageError: a parameter that is code.
+    """
+    table = dict(pairs)
+    unwritable = [name for name in table if name not in SAMPLING_KEYS]
+    if unwritable:
+        raise UsageError(
+            f"{unwritable[0]} cannot be written to TOML", "give it to `generate`, or insert a node"
+        )
+    bias = table.get("logit_bias")
+    if bias is not None:
+        table["logit_bias"] = {str(token): number for token, number in dict(bias).items()}
+    return table
+
+
+def _sampling(value: Any) -> tuple[tuple[str, Any], ...]:
     if not isinstance(value, Mapping):
         raise UsageError(f"expected a table, got {value!r}")
     problems = []
@@ -255,11 +290,33 @@ def _sampling(value: Any) -> tuple[tuple[str, float | int], ...]:
         if key not in SAMPLING_KEYS:
             hint = did_you_mean(key, SAMPLING_KEYS)
             problems.append(Problem("sampling", f"unknown key {key!r}", hint))
+        elif key in _SAMPLING_SHAPES:
+            kind, words = _SAMPLING_SHAPES[key]
+            if not isinstance(number, kind):
+                problems.append(Problem("sampling", f"{key} must be {words}, got {number!r}"))
         elif isinstance(number, bool) or not isinstance(number, int | float):
             problems.append(Problem("sampling", f"{key} must be a number, got {number!r}"))
     if problems:
         raise GraphError(problems)
-    return tuple(sorted(value.items()))
+    return tuple(sorted((key, freeze_sampling(v)) for key, v in value.items()))
+
+
+_SAMPLING_SHAPES: dict[str, tuple[Any, str]] = {
+    "logit_bias": (Mapping, "a table of token ids and numbers"),
+    "xtc_special_tokens": (list, "a list of token ids"),
+}
+
+
+def freeze_sampling(value: Any) -> Any:
+    """A sampling parameter as comparable data: tables become sorted pairs, lists tuples."""
+    if isinstance(value, Mapping):
+        pairs = [(_token_id(token), number) for token, number in value.items()]
+        return tuple(sorted(pairs, key=lambda pair: str(pair[0])))
+    return tuple(value) if isinstance(value, list | set) else value
+
+
+def _token_id(key: Any) -> Any:
+    return int(key) if isinstance(key, str) and key.strip().isdecimal() else key
 
 
 def _inserts(value: Any) -> tuple[InsertSpec, ...]:

@@ -16,11 +16,13 @@ def register_verifiers(register: Register) -> None:
 
 @hookimpl
 def register_acceptance_policies(register: Register) -> None:
-    """auto, greedy, speculative-sampling."""
+    """auto, greedy, speculative-sampling, block-verification, typical."""
     package = "draftloom.verifiers.acceptance"
     register("auto", f"{package}.auto:AutoAcceptance")
     register("greedy", f"{package}.greedy:GreedyAcceptance")
     register("speculative-sampling", f"{package}.speculative_sampling:SpeculativeSampling")
+    register("block-verification", f"{package}.block_verification:BlockVerification")
+    register("typical", f"{package}.typical:TypicalAcceptance")
 
 
 @hookimpl

@@ -267,7 +267,11 @@ def _speculative(pipeline: Pipeline, ids: Sequence[int], length: int, stop_at_eo
     mx.reset_peak_memory()
     begin = first = time.perf_counter()
     stream = pipeline.stream(
-        list(ids), max_tokens=length, ignore_eos=not stop_at_eos, temperature=0.0
+        list(ids),
+        max_tokens=length,
+        ignore_eos=not stop_at_eos,
+        temperature=0.0,
+        xtc_probability=0.0,
     )
     for chunk in stream:
         if not tokens:

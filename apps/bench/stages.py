@@ -204,7 +204,11 @@ def time_stages(
     cycles = accepted = 0
     for prompt in prompts:
         stream = wrapped.stream(
-            prompt.ids, max_tokens=length, ignore_eos=not stop_at_eos, temperature=0.0
+            prompt.ids,
+            max_tokens=length,
+            ignore_eos=not stop_at_eos,
+            temperature=0.0,
+            xtc_probability=0.0,
         )
         begin = time.perf_counter()
         for chunk in stream:

@@ -68,12 +68,18 @@ def load_subject(named: Sequence[tuple[str, PipelineBuilder]]) -> Subject:
         named: pipelines and what to call them; at least one.
 
     Raises:
-        UsageError: they have different targets or types, or two have one name.
+        UsageError: they have different targets or types, two have one name, or one changes
+            logits.
         ModelError, GraphError: one of them cannot be built.
     """
     plans = [(name, builder.check()) for name, builder in named]
     first = plans[0][1]
     for name, plan in plans:
+        if plan.sampling.edits_logits:
+            raise UsageError(
+                f"pipeline {name!r} changes logits (bias, penalties or processors)",
+                "bench compares with the target alone: leave them out of `sampling`",
+            )
         if (plan.target.name, plan.spec.dtype) != (first.target.name, first.spec.dtype):
             raise UsageError(
                 f"pipeline {name!r} has target {plan.target.name} ({plan.spec.dtype}), "

@@ -34,6 +34,18 @@ from .options import (
     text_options,
 )
 from .output import TextPrinter, error_console, fallback_on_stderr, say_error, summary, summary_line
+from .sampling_options import (
+    FrequencyContextSizeOption,
+    FrequencyPenaltyOption,
+    LogitBiasOption,
+    PresenceContextSizeOption,
+    PresencePenaltyOption,
+    RepetitionContextSizeOption,
+    RepetitionPenaltyOption,
+    XtcProbabilityOption,
+    XtcSpecialTokensOption,
+    XtcThresholdOption,
+)
 from .state import state_of
 
 if TYPE_CHECKING:
@@ -85,6 +97,16 @@ def chat(
     top_k: TopKOption = None,
     min_p: MinPOption = None,
     seed: SeedOption = None,
+    xtc_probability: XtcProbabilityOption = None,
+    xtc_threshold: XtcThresholdOption = None,
+    xtc_special_tokens: XtcSpecialTokensOption = None,
+    repetition_penalty: RepetitionPenaltyOption = None,
+    repetition_context_size: RepetitionContextSizeOption = None,
+    presence_penalty: PresencePenaltyOption = None,
+    presence_context_size: PresenceContextSizeOption = None,
+    frequency_penalty: FrequencyPenaltyOption = None,
+    frequency_context_size: FrequencyContextSizeOption = None,
+    logit_bias: LogitBiasOption = None,
 ) -> None:
     """Talk with a target that has a chat template. Type /help for commands.
 
@@ -96,6 +118,11 @@ def chat(
         rollback=rollback, block_size=block_size, pipeline=pipeline, dtype=dtype,
         temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed,
         kv_bits=kv_bits, kv_group_size=kv_group_size, quantized_kv_start=quantized_kv_start,
+        xtc_probability=xtc_probability, xtc_threshold=xtc_threshold,
+        xtc_special_tokens=xtc_special_tokens, repetition_penalty=repetition_penalty,
+        repetition_context_size=repetition_context_size, presence_penalty=presence_penalty,
+        presence_context_size=presence_context_size, frequency_penalty=frequency_penalty,
+        frequency_context_size=frequency_context_size, logit_bias=logit_bias,
     )  # fmt: skip
     options = text_options(max_tokens, stop)
     builder = flags.builder(state_of(context).plugins)

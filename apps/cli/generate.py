@@ -38,6 +38,18 @@ from .options import (
     text_options,
 )
 from .output import TextPrinter, fallback_on_stderr, summary
+from .sampling_options import (
+    FrequencyContextSizeOption,
+    FrequencyPenaltyOption,
+    LogitBiasOption,
+    PresenceContextSizeOption,
+    PresencePenaltyOption,
+    RepetitionContextSizeOption,
+    RepetitionPenaltyOption,
+    XtcProbabilityOption,
+    XtcSpecialTokensOption,
+    XtcThresholdOption,
+)
 from .state import state_of
 from .trace import TraceFile
 
@@ -66,6 +78,16 @@ def generate(
         Path | None, typer.Option(metavar="FILE.jsonl", help="Write one record a cycle.")
     ] = None,
     as_json: JsonOption = False,
+    logprobs: Annotated[
+        bool,
+        typer.Option(
+            "--logprobs", help="Give each token's log-probability (with --json or --trace)."
+        ),
+    ] = False,
+    top_logprobs: Annotated[
+        int,
+        typer.Option(metavar="N", help="Give the N most likely tokens with it."),
+    ] = 0,
     target: TargetOption = None,
     drafter: DrafterOption = None,
     drafter_bits: DrafterBitsOption = None,
@@ -85,6 +107,16 @@ def generate(
     top_k: TopKOption = None,
     min_p: MinPOption = None,
     seed: SeedOption = None,
+    xtc_probability: XtcProbabilityOption = None,
+    xtc_threshold: XtcThresholdOption = None,
+    xtc_special_tokens: XtcSpecialTokensOption = None,
+    repetition_penalty: RepetitionPenaltyOption = None,
+    repetition_context_size: RepetitionContextSizeOption = None,
+    presence_penalty: PresencePenaltyOption = None,
+    presence_context_size: PresenceContextSizeOption = None,
+    frequency_penalty: FrequencyPenaltyOption = None,
+    frequency_context_size: FrequencyContextSizeOption = None,
+    logit_bias: LogitBiasOption = None,
 ) -> None:
     """Generate one text. It equals what the target would have written alone.
 
@@ -96,8 +128,17 @@ def generate(
         rollback=rollback, block_size=block_size, width=width, pipeline=pipeline, dtype=dtype,
         temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed,
         kv_bits=kv_bits, kv_group_size=kv_group_size, quantized_kv_start=quantized_kv_start,
+        xtc_probability=xtc_probability, xtc_threshold=xtc_threshold,
+        xtc_special_tokens=xtc_special_tokens, repetition_penalty=repetition_penalty,
+        repetition_context_size=repetition_context_size, presence_penalty=presence_penalty,
+        presence_context_size=presence_context_size, frequency_penalty=frequency_penalty,
+        frequency_context_size=frequency_context_size, logit_bias=logit_bias,
     )  # fmt: skip
     text, options = read_prompt(prompt, prompt_file), text_options(max_tokens, stop)
+    if logprobs or top_logprobs:
+        if not as_json and trace is None:
+            raise UsageError("--logprobs has no place in plain text", "add --json or --trace FILE")
+        options |= {"logprobs": True, "top_logprobs": top_logprobs}
     trace_file = None if trace is None else TraceFile(trace)
     builder = flags.builder(state_of(context).plugins)
     printer = TextPrinter()

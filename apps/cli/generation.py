@@ -14,7 +14,7 @@ import attrs
 
 from draftloom.errors import ModelError
 
-from .output import PrefillBar, busy
+from .output import PrefillBar, busy, say_note
 from .trace import TraceFile
 
 if TYPE_CHECKING:
@@ -88,6 +88,10 @@ def build(builder: PipelineBuilder) -> Pipeline:
         with suppress(ModelError):  # loading says it; here the download has the line to itself
             Hub().complete(plan.model.path)
     name = builder.spec.target or "the bundled pair"
+    if not plan.acceptance.info.lossless:
+        say_note(
+            f"acceptance {plan.names['acceptance']} is lossy: the text may not be the target's own"
+        )
     with busy(f"loading {Path(name).name or name}"):
         return builder.build()
 

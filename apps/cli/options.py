@@ -11,6 +11,8 @@ import typer
 
 from draftloom.errors import UsageError
 
+from .sampling_options import SAMPLING, parse_bias, parse_tokens
+
 if TYPE_CHECKING:
     from draftloom.builder import PipelineBuilder
     from draftloom.plugins import PluginManager
@@ -46,7 +48,6 @@ __all__ = [
 ]
 
 PARTS = "Pipeline"
-SAMPLING = "Sampling"
 MEMORY = "Memory"
 
 TargetOption = Annotated[
@@ -195,8 +196,8 @@ class PipelineFlags:
         block_size: tokens a cycle verifies, the anchor included.
         width: a width policy, or draft tokens a cycle.
         pipeline: a pipeline file; the other options override what it says.
-        temperature, top_p, top_k, min_p, seed: sampling parameters.
         kv_bits, kv_group_size, quantized_kv_start: see `KVQuantization`.
+        temperature .. logit_bias: sampling parameters; ``ID,ID`` and ``ID=X,ID=X`` as text.
     """
 
     target: str | None = None
@@ -217,6 +218,16 @@ class PipelineFlags:
     kv_bits: int | None = None
     kv_group_size: int | None = None
     quantized_kv_start: int | None = None
+    xtc_probability: float | None = None
+    xtc_threshold: float | None = None
+    xtc_special_tokens: str | None = None
+    repetition_penalty: float | None = None
+    repetition_context_size: int | None = None
+    presence_penalty: float | None = None
+    presence_context_size: int | None = None
+    frequency_penalty: float | None = None
+    frequency_context_size: int | None = None
+    logit_bias: str | None = None
 
     def builder(self, plugins: PluginManager) -> PipelineBuilder:
         """The pipeline file, or the defaults, with what was given on top.
@@ -273,9 +284,15 @@ class PipelineFlags:
         given = {"bits": self.drafter_bits}
         return {name: value for name, value in given.items() if value is not None}
 
-    def _sampling(self) -> dict[str, float]:
-        names = ("temperature", "top_p", "top_k", "min_p", "seed")
-        return {n: getattr(self, n) for n in names if getattr(self, n) is not None}
+    def _sampling(self) -> dict[str, Any]:
+        from draftloom.spec import SAMPLING_KEYS
+
+        given = {name: getattr(self, name) for name in SAMPLING_KEYS}
+        if self.xtc_special_tokens is not None:
+            given["xtc_special_tokens"] = parse_tokens(self.xtc_special_tokens)
+        if self.logit_bias is not None:
+            given["logit_bias"] = parse_bias(self.logit_bias)
+        return {name: value for name, value in given.items() if value is not None}
 
 
 def _name(option: str, value: str) -> str:

@@ -54,7 +54,10 @@ class TraceFile:
             if chunk.cycle.index == 0 or not chunk.token_ids:
                 return
             event = attrs.evolve(
-                chunk.cycle, token_ids=chunk.token_ids, finish_reason=chunk.finish_reason
+                chunk.cycle,
+                token_ids=chunk.token_ids,
+                finish_reason=chunk.finish_reason,
+                logprobs=chunk.logprobs,
             )
             self._file.write(json.dumps({**event.as_dict(), "text": chunk.text}) + "\n")
             self._file.flush()

@@ -40,7 +40,7 @@ from mlx_lm.models.gated_delta import compute_g, normalize_qk
 from mlx_lm.models.qwen3_5 import GatedDeltaNet
 from mlx_lm.models.qwen3_next import Qwen3NextGatedDeltaNet
 from mlx_lm.models.rope_utils import initialize_rope
-from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
+from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_logits_processors
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import (
     MODEL_REMAPPING,
@@ -78,6 +78,7 @@ COVERED = {
     "mlx_lm.sample_utils.apply_min_p",
     "mlx_lm.sample_utils.apply_top_k",
     "mlx_lm.sample_utils.apply_top_p",
+    "mlx_lm.sample_utils.make_logits_processors",
     "mlx_lm.tokenizer_utils.TokenizerWrapper",
     "mlx_lm.utils._get_classes",
     "mlx_lm.utils.dequantize_model",
@@ -377,6 +378,30 @@ def test_filters_serve_any_number_of_rows_alike() -> None:
         kept = np.isfinite(np.array(together)).sum(-1)
         assert (kept >= 1).all()
         assert (kept < 7).any()
+
+
+def test_processors_take_tokens_and_logits_and_come_in_this_order() -> None:
+    """bias, repetition, presence, frequency; sizes count the last tokens, 0 is all of them."""
+    processors = make_logits_processors(
+        logit_bias={0: 2.0},
+        repetition_penalty=2.0,
+        repetition_context_size=1,
+        presence_penalty=0.5,
+        presence_context_size=2,
+        frequency_penalty=0.25,
+        frequency_context_size=0,
+    )
+    logits = mx.array([[1.0, -1.0, 1.0, 1.0]])
+    seen = []
+    for processor in processors:
+        logits = processor(mx.array([1, 1, 2, 0]), logits)
+        seen.append(logits.tolist()[0])
+    assert seen == [
+        [3.0, -1.0, 1.0, 1.0],
+        [1.5, -1.0, 1.0, 1.0],
+        [1.0, -1.0, 0.5, 1.0],
+        [0.75, -1.5, 0.25, 1.0],
+    ]
 
 
 def test_generation_response_has_the_fields_that_we_fill() -> None:

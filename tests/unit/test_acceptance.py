@@ -22,12 +22,14 @@ from mlx_lm.sample_utils import make_sampler
 from draftloom.contracts import Draft, DraftLaw, Preserves
 from draftloom.sampling import SamplingParams, SamplingState, log_probs, target_law
 from draftloom.verifiers.acceptance.auto import AutoAcceptance
+from draftloom.verifiers.acceptance.block_verification import BlockVerification
 from draftloom.verifiers.acceptance.greedy import GreedyAcceptance
 from draftloom.verifiers.acceptance.speculative_sampling import (
     SpeculativeSampling,
     draft_law_rows,
     residual,
 )
+from draftloom.verifiers.acceptance.typical import TypicalAcceptance
 from tests.support.statistics import chi_square, filtered_law, upper_gamma
 
 P_VALUE = 1e-4
@@ -57,7 +59,17 @@ def greedy_by_loop(tokens: list[int], logits: np.ndarray) -> tuple[int, int]:
     return len(tokens), best[len(tokens)]
 
 
-@pytest.mark.parametrize("policy", [GreedyAcceptance(), SpeculativeSampling(), AutoAcceptance()])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        GreedyAcceptance(),
+        SpeculativeSampling(),
+        AutoAcceptance(),
+        BlockVerification(),
+        TypicalAcceptance(),
+    ],
+    ids=lambda policy: policy.info.name,
+)
 @pytest.mark.parametrize("width", range(6))
 def test_greedy_keeps_the_longest_right_prefix_of_every_row(width: int, policy: Any) -> None:
     rng = np.random.default_rng(width)

@@ -245,8 +245,11 @@ def test_models_are_not_touched_before_the_first_response() -> None:
     ("options", "expected"),
     [
         ({"sampler": lambda logprobs: logprobs}, "'sampler'"),
-        ({"logits_processors": []}, "'logits_processors'"),
-        ({"kv_bits": 4}, "'kv_bits'"),
+        ({"logits_processors": ["x"]}, "a logits processor must be callable, got 'x'"),
+        ({"min_tokens_to_keep": 2}, "'min_tokens_to_keep'"),
+        ({"xtc_probability": 0.5}, "xtc_probability needs a temperature above 0"),
+        ({"logit_bias": {10_000: 1.0}}, "logit_bias names token 10000"),
+        ({"max_kv_size": 4}, "'max_kv_size'"),
         ({"temprature": 1.0}, "'temprature'"),
         ({"temperature": -1.0}, "temperature must be 0 or more"),
         ({"max_tokens": 0}, "max_tokens must be at least 1"),

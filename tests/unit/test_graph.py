@@ -86,7 +86,7 @@ def test_rewriting_in_place_is_no_second_producer() -> None:
     assert graph.problems() == []
     edges = graph.edges()
     assert ("verify", "filter", "logits", False) in edges
-    assert ("filter", "accept", "logits", False) in edges
+    assert ("filter", "process", "logits", False) in edges
     assert ("verify", "accept", "logits", False) not in edges
 
 
@@ -113,7 +113,7 @@ def test_all_problems_are_listed() -> None:
 @pytest.mark.parametrize(
     ("place", "expected"),
     [
-        ({"after": "verify"}, ["verify", "probe", "accept"]),
+        ({"after": "verify"}, ["verify", "probe", "process"]),
         ({"before": "verify"}, ["speculate", "probe", "verify"]),
         ({"before": "width"}, ["probe", "width", "draft"]),
         ({"after": "observe"}, ["rollback", "observe", "probe"]),
@@ -189,7 +189,7 @@ def test_state_is_carried_from_the_end_of_the_cycle_before() -> None:
     edges = standard().edges()
     carried = [edge for edge in edges if edge[3]]
     assert carried == [("read", "draft", "anchor", True), ("read", "speculate", "anchor", True)]
-    assert ("verify", "accept", "logits", False) in edges
+    assert ("process", "accept", "logits", False) in edges
 
 
 def test_a_graph_with_problems_still_prints() -> None:
@@ -227,7 +227,7 @@ def run(stage: Any, order: list[str]) -> list[str]:
 def test_stages_of_the_standard_cycle() -> None:
     plan, order = compiled(standard())
     assert run(plan.propose, order) == ["width", "draft"]
-    assert run(plan.verify, order) == ["speculate", "verify", "accept", "read"]
+    assert run(plan.verify, order) == ["speculate", "verify", "process", "accept", "read"]
     assert run(plan.settle, order) == ["rollback", "observe"]
 
 
@@ -235,8 +235,8 @@ def test_stages_of_the_standard_cycle() -> None:
     ("place", "stage", "expected"),
     [
         ("draft", "propose", ["width", "draft", "probe"]),
-        ("verify", "verify", ["speculate", "verify", "probe", "accept", "read"]),
-        ("accept", "verify", ["speculate", "verify", "accept", "probe", "read"]),
+        ("verify", "verify", ["speculate", "verify", "probe", "process", "accept", "read"]),
+        ("accept", "verify", ["speculate", "verify", "process", "accept", "probe", "read"]),
         ("read", "settle", ["probe", "rollback", "observe"]),
         ("rollback", "settle", ["rollback", "probe", "observe"]),
     ],
@@ -258,7 +258,7 @@ def test_values_go_from_producer_to_consumer() -> None:
     calls["speculate"] = lambda anchor, draft: seen.update(draft=draft) or ("block", "spec")
     calls["verify"] = lambda block, spec: (seen.update(verify=(block, spec)) or "l", "f")
     calls["accept"] = lambda draft, logits: (logits, "next")
-    calls["read"] = lambda draft, n, t: ("outcome", "new anchor")
+    calls["read"] = lambda draft, logits, n, t: ("outcome", "new anchor")
     plan = graph.compile(calls)
     plan.set("anchor", "old anchor")
     for step in (*plan.propose, *plan.verify):

@@ -12,9 +12,9 @@ from __future__ import annotations
 import mlx.core as mx
 
 from draftloom.contracts import ComponentInfo, Draft, DraftLaw, Preserves
-from draftloom.sampling import SamplingState, log_probs, target_law
+from draftloom.sampling import SamplingState, law_of
 
-__all__ = ["SpeculativeSampling", "draft_law_rows", "residual"]
+__all__ = ["SpeculativeSampling", "at_tokens", "draft_law_rows", "draw_row", "residual"]
 
 
 class SpeculativeSampling:
@@ -30,32 +30,20 @@ class SpeculativeSampling:
         self, draft: Draft, logits: mx.array, sampling: SamplingState
     ) -> tuple[mx.array, mx.array]:
         """num_accepted [B] and next_token [B], from logits [B, K+1, V]."""
-        p = _law(logits, sampling)
+        p = law_of(logits, sampling.params)
         q = draft_law_rows(draft, p.shape[-1])
         if draft.lengths is not None:  # where the draft ends, nothing is rejected: p is drawn from
             q = mx.where(draft.stands()[..., None], q, 0)
         rows, width = draft.tokens.shape
         if width:
-            at_token = draft.tokens[..., None]
-            p_token = mx.take_along_axis(p[:, :width], at_token, axis=-1)[..., 0]
-            q_token = mx.take_along_axis(q, at_token, axis=-1)[..., 0]
+            p_token, q_token = at_tokens(p, draft.tokens), at_tokens(q, draft.tokens)
             u = mx.random.uniform(shape=(rows, width), key=sampling.accept_key())
             # u in [0, 1): u * q < p accepts always where p >= q > 0 and never where p = 0.
             accepted = (u * q_token < p_token) & draft.stands()
             num_accepted = mx.cumprod(accepted.astype(mx.int32), axis=1).sum(axis=1)
         else:
             num_accepted = mx.zeros((rows,), dtype=mx.int32)
-        law = _row(residual(p, q), num_accepted)
-        next_token = mx.random.categorical(mx.log(law), axis=-1, key=sampling.accept_key())
-        return num_accepted, next_token.astype(mx.int32)
-
-
-def _law(logits: mx.array, sampling: SamplingState) -> mx.array:
-    """p [B, K+1, V] float32; one-hot at temperature 0."""
-    if not sampling.params.greedy:
-        return target_law(logits, sampling.params)
-    best = mx.argmax(log_probs(logits), axis=-1)
-    return (mx.arange(logits.shape[-1]) == best[..., None]).astype(mx.float32)
+        return num_accepted, draw_row(residual(p, q), num_accepted, sampling)
 
 
 def draft_law_rows(draft: Draft, vocab_size: int) -> mx.array:
@@ -85,6 +73,14 @@ def residual(p: mx.array, q: mx.array) -> mx.array:
     return mx.concatenate([left, p[:, width:]], axis=1)
 
 
-def _row(rows: mx.array, index: mx.array) -> mx.array:
-    """rows[b, index[b]]: [B, V] of [B, K+1, V] and [B]."""
-    return mx.take_along_axis(rows, index[:, None, None], axis=1)[:, 0]
+def at_tokens(rows: mx.array, tokens: mx.array) -> mx.array:
+    """What the first K rows say of the tokens: [B, K] of [B, K or more, V] and [B, K]."""
+    verified = rows[:, : tokens.shape[1]]
+    return mx.take_along_axis(verified, tokens[..., None], axis=-1)[..., 0]
+
+
+def draw_row(rows: mx.array, index: mx.array, sampling: SamplingState) -> mx.array:
+    """A token [B] int32 drawn from row index[b] of [B, K+1, V], which need not be normalised."""
+    row = mx.take_along_axis(rows, index[:, None, None], axis=1)[:, 0]
+    drawn = mx.random.categorical(mx.log(row), axis=-1, key=sampling.accept_key())
+    return drawn.astype(mx.int32)
