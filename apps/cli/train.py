@@ -145,9 +145,25 @@ def drafter(
     anchors: Annotated[
         int, typer.Option(metavar="N", help="Blocks of a sequence.", rich_help_panel=TRAINING)
     ] = 128,
+    optimizer: Annotated[
+        str, typer.Option(metavar="NAME", help="adamw or muon.", rich_help_panel=TRAINING)
+    ] = "adamw",
     learning_rate: Annotated[
-        float, typer.Option(metavar="R", help="After warm-up.", rich_help_panel=TRAINING)
-    ] = 6e-4,
+        float | None,
+        typer.Option(
+            metavar="R",
+            help="After warm-up. Default: 6e-4, and 0.02 of muon.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
+    recompute: Annotated[
+        bool,
+        typer.Option(
+            "--recompute",
+            help="Gradient checkpointing: less memory, more time.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = False,
     warmup: Annotated[
         float, typer.Option(metavar="S", help="Share of the steps.", rich_help_panel=TRAINING)
     ] = 0.04,
@@ -270,7 +286,8 @@ def drafter(
     settings = TrainSettings(
         steps=1000 if steps is None and max_minutes is None else steps, max_minutes=max_minutes,
         batch=batch, accumulate=accumulate, context=context_length, anchors=anchors,
-        learning_rate=learning_rate, warmup=warmup, loss=loss, weighting=weighting,
+        optimizer=optimizer, learning_rate=learning_rate, recompute=recompute,
+        warmup=warmup, loss=loss, weighting=weighting,
         compile=_on_gpu() if compile_step is None else compile_step,
         compute=compute or ("bfloat16" if _on_gpu() else "float32"),
         seed=seed, held_out=held_out, eval_first=eval_first, eval_every=eval_every,

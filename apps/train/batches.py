@@ -134,8 +134,10 @@ def _runs(sequences: Sequence[Packed], offsets: Sequence[int], slots: int) -> mx
     trained = _flat("b", (s.trained for s in sequences)).astype(mx.bool_)
     segments = _flat("i", (s.segments for s in sequences))
     total = trained.shape[0]
-    first = mx.zeros(total, dtype=mx.bool_)
-    first[mx.array(list(offsets[:-1]), dtype=mx.int32)] = mx.array(True)
+    marks = bytearray(total)
+    for begin in offsets[:-1]:
+        marks[begin] = 1
+    first = _flat("b", [marks]).astype(mx.bool_)
     changed = mx.concatenate([mx.array([True]), segments[1:] != segments[:-1]])
     stop = mx.where(changed | first | ~trained, mx.arange(total), total)
     following = mx.concatenate([stop[1:], mx.array([total])])

@@ -41,7 +41,8 @@ def model_card(
         f"sequences of at most {settings.context} tokens, {settings.anchors} anchors each |",
         f"| seen | {state.tokens} context tokens in {state.seconds:.0f} s |",
         f"| loss | {settings.loss}, weights {settings.weighting} |",
-        f"| optimizer | AdamW, learning rate {settings.learning_rate}, seed {settings.seed} |",
+        f"| optimizer | {settings.optimizer}, learning rate {settings.peak}, "
+        f"seed {settings.seed} |",
         "",
         "## Measured",
         "",

@@ -7,6 +7,7 @@ from typing import Any
 
 import attrs
 import mlx.core as mx
+from mlx.nn.utils import checkpoint
 from mlx.utils import tree_map
 
 from draftloom.checkpoint import DrafterDescription
@@ -82,7 +83,12 @@ def _attend(
 
 
 def block_hidden(
-    model: DFlashModel, features: mx.array, embeddings: mx.array, anchors: mx.array
+    model: DFlashModel,
+    features: mx.array,
+    embeddings: mx.array,
+    anchors: mx.array,
+    *,
+    recompute: bool = False,
 ) -> mx.array:
     """Normed hidden states of all blocks in one pass.
 
@@ -91,6 +97,7 @@ def block_hidden(
         features: [R, S, F].
         embeddings: [R, N, T, D] of [anchor, MASK x (T-1)].
         anchors: [R, N] int32.
+        recompute: whether a layer keeps nothing for its gradient but its input.
 
     Returns:
         [R, N, T, D].
@@ -107,15 +114,25 @@ def block_hidden(
             masks[kind] = block_mask(
                 anchors, features.shape[1], tokens, causal=kind[0], window=kind[1]
             )
-        h = h + _attend(attention, layer.input_layernorm(h), context, anchors, masks[kind])
-        h = h + layer.mlp(layer.post_attention_layernorm(h))
+
+        def run(h: mx.array, context: mx.array, mask: mx.array, layer: Any = layer) -> mx.array:
+            h = h + _attend(layer.self_attn, layer.input_layernorm(h), context, anchors, mask)
+            return h + layer.mlp(layer.post_attention_layernorm(h))  # type: ignore[no-any-return]
+
+        step: Any = checkpoint(layer, run) if recompute else run
+        h = step(h, context, masks[kind])
     return model.norm(h).reshape(rows, blocks, tokens, hidden)
 
 
-def block_logits(
-    model: DFlashModel, config: DrafterDescription, target: TargetAdapter, batch: BlockBatch
+def draft_hidden(
+    model: DFlashModel,
+    config: DrafterDescription,
+    target: TargetAdapter,
+    batch: BlockBatch,
+    *,
+    recompute: bool = False,
 ) -> mx.array:
-    """Logits [R, N, K, V] float32 of the draft slots, soft cap included."""
+    """Hidden states [R, N, K, D] of the draft slots, as the target's head takes them."""
     rows, blocks, slots = batch.labels.shape
     masks = mx.full((rows, blocks, slots), config.mask_token_id, dtype=mx.int32)
     tokens = mx.concatenate([batch.anchor_tokens[..., None], masks], axis=-1)
@@ -123,11 +140,23 @@ def block_logits(
     dtype = model.norm.weight.dtype
     embeddings = embeddings.reshape(rows, blocks, slots + 1, -1).astype(dtype)
     features = mx.stop_gradient(batch.features).astype(dtype)
-    hidden = block_hidden(model, features, embeddings, batch.anchors)
-    logits = target.head(hidden[:, :, 1:] * config.output_multiplier).astype(mx.float32)
+    hidden = block_hidden(model, features, embeddings, batch.anchors, recompute=recompute)
+    return hidden[:, :, 1:] * config.output_multiplier
+
+
+def head_logits(hidden: mx.array, config: DrafterDescription, target: TargetAdapter) -> mx.array:
+    """Logits [..., V] float32 of hidden states, soft cap included."""
+    logits = target.head(hidden).astype(mx.float32)
     if config.softcap is not None:
         logits = config.softcap * mx.tanh(logits / config.softcap)
     return logits
+
+
+def block_logits(
+    model: DFlashModel, config: DrafterDescription, target: TargetAdapter, batch: BlockBatch
+) -> mx.array:
+    """Logits [R, N, K, V] float32 of the draft slots, soft cap included."""
+    return head_logits(draft_hidden(model, config, target, batch), config, target)
 
 
 def slot_weights(
@@ -179,21 +208,40 @@ class DrafterLoss:
     def __call__(self, parameters: Any, batch: BlockBatch) -> tuple[mx.array, mx.array]:
         """The weighted mean loss, and [K] shares of slots whose most likely token is the label."""
         self._model.update(tree_map(lambda p: p.astype(self._dtype), parameters))
-        logits = block_logits(self._model, self._config, self._target, batch)
-        log_probs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        of_label = mx.take_along_axis(log_probs, batch.labels[..., None], axis=-1)[..., 0]
-        if batch.teacher is None:
+        recompute = self._settings.recompute
+        hidden = draft_hidden(self._model, self._config, self._target, batch, recompute=recompute)
+        parts = [hidden, batch.labels, batch.valid]
+        parts += [] if batch.teacher is None else [batch.teacher]
+        if recompute:  # logits of one sequence at a time, made again for the gradient
+            one: Any = mx.checkpoint(self._sums)
+            rows = [one(*(part[r : r + 1] for part in parts)) for r in range(hidden.shape[0])]
+            loss, weight, right = (sum(found[1:], found[0]) for found in zip(*rows, strict=True))
+        else:
+            loss, weight, right = self._sums(*parts)
+        counted = mx.maximum(batch.valid.sum(axis=(0, 1)), 1)
+        return loss / mx.maximum(weight, 1e-6), right / counted
+
+    def _sums(
+        self,
+        hidden: mx.array,
+        labels: mx.array,
+        valid: mx.array,
+        target_logits: mx.array | None = None,
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """Sum of the weighted losses, of the weights, and [K] right slots."""
+        labels, valid = mx.stop_gradient(labels), mx.stop_gradient(valid)
+        logits = head_logits(hidden, self._config, self._target)
+        total = mx.logsumexp(logits, axis=-1)
+        of_label = mx.take_along_axis(logits, labels[..., None], axis=-1)[..., 0] - total
+        if target_logits is None:
             loss = -of_label
         else:
-            teacher = mx.softmax(batch.teacher.astype(mx.float32), axis=-1)
+            teacher = mx.softmax(mx.stop_gradient(target_logits).astype(mx.float32), axis=-1)
             entropy = (teacher * mx.log(mx.maximum(teacher, 1e-30))).sum(axis=-1)
-            loss = entropy - (teacher * log_probs).sum(axis=-1)
-        weights = slot_weights(
-            mx.exp(of_label), batch.valid, self._settings, self._config.block_size
-        )
-        mean = (loss * weights).sum() / mx.maximum(weights.sum(), 1e-6)
-        right = (mx.argmax(logits, axis=-1) == batch.labels) * batch.valid
-        return mean, right.sum(axis=(0, 1)) / mx.maximum(batch.valid.sum(axis=(0, 1)), 1)
+            loss = entropy + total - (teacher * logits).sum(axis=-1)
+        weights = slot_weights(mx.exp(of_label), valid, self._settings, self._config.block_size)
+        right = (mx.argmax(logits, axis=-1) == labels) * valid
+        return (loss * weights).sum(), weights.sum(), right.sum(axis=(0, 1))
 
     def gradients(
         self, parameters: Any, batch: BlockBatch

@@ -13,20 +13,35 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_map
 
-from .settings import TrainSettings
+from .settings import OPTIMIZERS, TrainSettings
 from .step import BlockBatch, DrafterLoss
+from .weights import in_order
 
 __all__ = ["Updates", "make_optimizer"]
 
 
 def make_optimizer(settings: TrainSettings) -> optim.Optimizer:
     """The optimizer that the settings ask for."""
-    return optim.AdamW(
-        settings.learning_rate,
+    adamw = optim.AdamW(
+        settings.peak,
         betas=list(settings.betas),
         weight_decay=settings.weight_decay,
         bias_correction=True,
     )
+    if settings.optimizer == "adamw":
+        return adamw
+    muon = optim.Muon(settings.peak, weight_decay=settings.weight_decay)
+    return optim.MultiOptimizer([muon, adamw], [lambda name, value: value.ndim >= 2])
+
+
+def set_rate(optimizer: optim.Optimizer, rate: mx.array) -> None:
+    """Set the learning rate. Of Muon's, AdamW's part takes the share that their own rates have."""
+    if isinstance(optimizer, optim.MultiOptimizer):
+        muon, adamw = optimizer.optimizers
+        muon.learning_rate = rate
+        adamw.learning_rate = rate * (OPTIMIZERS["adamw"] / OPTIMIZERS["muon"])
+    else:
+        optimizer.learning_rate = rate
 
 
 class Updates:
@@ -52,10 +67,10 @@ class Updates:
 
     def _traced_update(self, parameters: Any, state: Any, gradient: Any, rate: mx.array) -> Any:
         self._optimizer.state = state
-        self._optimizer.learning_rate = rate
+        set_rate(self._optimizer, rate)
         clipped, norm = optim.clip_grad_norm(gradient, self._clip)
         parameters = self._optimizer.apply_gradients(clipped, parameters)
-        return parameters, self._optimizer.state, norm
+        return in_order(parameters), self._optimizer.state, norm
 
     def gradients(self, parameters: Any, batch: BlockBatch) -> tuple[mx.array, mx.array, Any]:
         """Loss, [K] shares of right slots, and gradients; all lazy."""

@@ -245,6 +245,7 @@ def test_damaged_state_is_named(toy: Path, plugins: PluginManager, tmp_path: Pat
         ({"max_minutes": 0.0}, "max_minutes must be above 0"),
         ({"learning_rate": float("nan")}, "learning_rate must be above 0"),
         ({"loss": "mse"}, "no loss 'mse'"),
+        ({"optimizer": "sgd"}, "no optimizer 'sgd'"),
         ({"held_out": 1.5}, "held_out is a share"),
         ({"warmup": -0.1}, "warmup is a share"),
         ({"alpha": 2.0}, "alpha lies"),
@@ -320,6 +321,43 @@ def test_learning_rate_warms_up_and_follows_a_cosine() -> None:
     assert found[55] == pytest.approx(0.55)
     assert found[-1] < 0.11
     assert sorted(found[10:], reverse=True) == found[10:]
+
+
+@pytest.mark.parametrize("change", [{}, {"loss": "kl"}, {"weighting": "d-pace"}], ids=str)
+def test_recomputing_trains_alike(
+    toy: Path, plugins: PluginManager, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    for recompute in (False, True):
+        out = tmp_path / str(recompute)
+        train(request_for(toy, out, steps=3, recompute=recompute, **change), plugins)
+    for mine, theirs in zip(losses(tmp_path / "True"), losses(tmp_path / "False"), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-5)
+
+
+def test_muon_turns_updates_of_matrices_orthogonal_and_resumes(
+    toy: Path, plugins: PluginManager, tmp_path: Path
+) -> None:
+    def request(name: str, **changes: Any) -> TrainRequest:
+        return request_for(toy, tmp_path / name, optimizer="muon", steps=4, save_every=0, **changes)
+
+    trainer = Trainer(request("first", warmup=0.0), plugins)
+    try:
+        before: dict[str, mx.array] = dict(tree_flatten(trainer.state.parameters))
+        trainer.run(lambda: True)
+        after: dict[str, mx.array] = dict(tree_flatten(trainer.state.parameters))
+    finally:
+        trainer.close()
+    name = "layers.0.self_attn.q_proj.weight"
+    moved = (after[name] - before[name]) / 0.02
+    singular: Any = mx.linalg.svd(moved, compute_uv=False, stream=mx.cpu).tolist()
+    assert all(0.3 < value < 1.5 for value in singular)  # five steps of Newton and Schulz
+    norm = "layers.0.input_layernorm.weight"
+    assert mx.abs(after[norm] - before[norm]).max().item() < 1e-3  # by AdamW, at its own rate
+    train(request("whole"), plugins)
+    train(request("resumed"), plugins, stop_at=2)
+    train(request("resumed", resume=True), plugins)
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "whole")
+    assert weights(tmp_path / "resumed") == weights(tmp_path / "whole")
 
 
 @pytest.mark.slow
