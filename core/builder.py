@@ -23,6 +23,7 @@ from draftloom.contracts import (
 from draftloom.engine import EngineParts
 from draftloom.errors import UsageError
 from draftloom.kv_cache import KVQuantization
+from draftloom.mismatch import MismatchMonitor
 from draftloom.model_info import ModelInfo
 from draftloom.pipeline import Pipeline
 from draftloom.plugins import PluginManager
@@ -110,13 +111,14 @@ class PipelineBuilder:
         return self._with(rollback=_component(use, options))
 
     def width(self, use: str | int, **options: Any) -> PipelineBuilder:
-        """A number of draft tokens a cycle, or a registered width policy with its options."""
+        """A number of draft tokens a cycle, or a registered width policy; with its options."""
         if isinstance(use, int):
-            return self._with(width=ComponentSpec.make("fixed", {"tokens": use}))
+            return self._with(width=ComponentSpec.make("fixed", {"tokens": use, **options}))
         return self._with(width=_component(use, options))
 
-    def block_size(self, size: int) -> PipelineBuilder:
-        """Draft `size` - 1 tokens a cycle: the block counts the anchor, as in DFlash.
+    def block_size(self, size: int, **options: Any) -> PipelineBuilder:
+        """Draft `size` - 1 tokens a cycle: the block counts the anchor, as in DFlash. Options as
+        those of `width`.
 
         Raises:
             UsageError: below 1.
@@ -126,7 +128,7 @@ class PipelineBuilder:
                 f"block size must be at least 1, got {size}",
                 "1 is plain decoding; it counts the anchor",
             )
-        return self.width(size - 1)
+        return self.width(size - 1, **options)
 
     def sampling(self, **params: Any) -> PipelineBuilder:
         """Default sampling parameters: the fields of `SamplingParams`."""
@@ -217,6 +219,7 @@ class PipelineBuilder:
             nodes=plan.nodes,
             hook=self.plugins.hook,
             kv_quantization=plan.spec.kv_cache,
+            monitor=MismatchMonitor(plan.drafter.info),
         )
 
 

@@ -127,6 +127,7 @@ class DrafterDescription:
         renames: prefixes of stored tensor names and what stands for them inside, first match.
         ignored_tensors: patterns (``fnmatch``) of stored tensors that a drafter does not need.
         unread: config keys that the format does not know and that are not known to matter.
+        stated_length: acceptance length that the checkpoint states; None is not stated.
     """
 
     name: str
@@ -166,6 +167,7 @@ class DrafterDescription:
     renames: tuple[tuple[str, str], ...] = ()
     ignored_tensors: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
+    stated_length: float | None = None
 
     @property
     def max_width(self) -> int:

@@ -41,6 +41,7 @@ __all__ = [
     "LayerSpeculation",
     "LoadedModel",
     "Need",
+    "Parkable",
     "Port",
     "Preserves",
     "Resolvable",
@@ -129,6 +130,9 @@ class ComponentInfo:
         checkpoint_options: those of them that name a drafter checkpoint; the builder hands over
             what a checkpoint format reads of it (`DrafterDescription`), the folder where none does.
         nested_options: options that hold other drafters; the builder makes those first.
+        paired: drafters: sources of drafts (`Draft.source`) that were made for one target, so that
+            hardly any acceptance means that the two do not belong together.
+        stated_length: drafters: acceptance length that the checkpoint states; None is not stated.
         inputs: inserted nodes: ports it reads.
         outputs: inserted nodes: ports it writes; one it also reads is rewritten in place.
     """
@@ -145,6 +149,8 @@ class ComponentInfo:
     model_options: tuple[str, ...] = ()
     checkpoint_options: tuple[str, ...] = ()
     nested_options: tuple[str, ...] = ()
+    paired: tuple[str, ...] = ()
+    stated_length: float | None = None
     inputs: tuple[Port, ...] = ()
     outputs: tuple[Port, ...] = ()
     details: str = ""
@@ -513,6 +519,18 @@ class Checkable(Protocol):
 
     def check(self, target: TargetInfo) -> Iterable[Problem]:
         """Every problem it sees; called before any weight is loaded."""
+
+
+@runtime_checkable
+class Parkable(Protocol):
+    """A width policy that can stop drafting for good."""
+
+    def park(self) -> bool:
+        """Drafter and target do not belong together: draft no more, if that is wanted.
+
+        Returns:
+            Whether it drafts no more.
+        """
 
 
 @runtime_checkable

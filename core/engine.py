@@ -12,6 +12,7 @@ tokens just read are handed out, so that the device works while the host makes t
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -33,18 +34,25 @@ from draftloom.contracts import (
     WidthPolicy,
 )
 from draftloom.drafting import GuardedDrafter, UnusableDraftError, one_line
-from draftloom.errors import DraftloomError, GenerationError, UsageError
+from draftloom.errors import (
+    DrafterMismatchWarning,
+    DraftloomError,
+    GenerationError,
+    UsageError,
+)
 from draftloom.events import (
     CycleEvent,
     FailureEvent,
     FinishReason,
     GenerationStats,
+    MismatchEvent,
     Outcome,
     PrefillEvent,
 )
 from draftloom.graph import Graph
 from draftloom.kv_cache import KVConversion, KVQuantization
 from draftloom.logprobs import LogprobReader
+from draftloom.mismatch import MismatchMonitor, park
 from draftloom.processing import LogitsProcessing
 from draftloom.sampling import SamplingParams, SamplingState
 
@@ -66,6 +74,7 @@ class EngineParts:
         nodes: the inserted nodes by node name.
         hook: pluggy's relay, for the observing hooks.
         kv_quantization: how key/value caches are packed; None leaves them plain.
+        monitor: listens whether drafter and target belong together, over all generations.
     """
 
     graph: Graph
@@ -77,6 +86,7 @@ class EngineParts:
     open_speculation: Callable[[list[Any], mx.array], Speculation]
     nodes: Mapping[str, CycleNode]
     hook: Any
+    monitor: MismatchMonitor
     kv_quantization: KVQuantization | None = None
 
 
@@ -132,7 +142,9 @@ class Engine:
         self.acceptance = self._policy()
         self.cache = parts.target.make_cache() if request.cache is None else request.cache
         self._conversion = KVConversion(parts.kv_quantization, self.cache)
-        self.stats = GenerationStats(prompt_tokens=len(request.prompt))
+        self.stats = GenerationStats(
+            prompt_tokens=len(request.prompt), mismatch=parts.monitor.message
+        )
         self._limit = self._token_limit()
         self._emitted: list[int] = []
         self._processing = LogitsProcessing(request.sampling, request.prompt, self._emitted)
@@ -209,9 +221,12 @@ class Engine:
                 self._emitted.extend(event.token_ids)
                 self.stats.add(event)
                 error = self._learn(event)
+                alarm = self._parts.monitor.listen(event, self._request, self._emitted)
+                if alarm is not None:
+                    alarm = park(alarm, self._parts.width, self.stats)
                 if event.finish_reason is None and error is None:
                     error = self._launch_draft()
-                error = self._announce(event) or error
+                error = self._announce(event, alarm) or error
                 yield event  # what was committed is handed out before anything else can fail
                 if error is not None:
                     raise error
@@ -374,9 +389,13 @@ class Engine:
             plan.set("draft", Draft.empty())
         return None
 
-    def _announce(self, event: CycleEvent) -> GenerationError | None:
+    def _announce(self, event: CycleEvent, alarm: MismatchEvent | None) -> GenerationError | None:
         hook = self._parts.hook
+        if alarm is not None:
+            warnings.warn(alarm.said, DrafterMismatchWarning, stacklevel=2)
         try:
+            if alarm is not None:
+                hook.drafter_mismatched(event=alarm)
             if event.index == 0:
                 hook.prefill_finished(event=PrefillEvent(self.stats.prompt_tokens, event.seconds))
             else:

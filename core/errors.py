@@ -14,6 +14,7 @@ import attrs
 __all__ = [
     "CheckpointWarning",
     "DrafterFallbackWarning",
+    "DrafterMismatchWarning",
     "DraftloomError",
     "GenerationError",
     "GraphError",
@@ -136,3 +137,8 @@ class CheckpointWarning(UserWarning):
 
 class DrafterFallbackWarning(UserWarning):
     """Said once: the drafter failed and the target goes on alone. The text is unaffected."""
+
+
+class DrafterMismatchWarning(UserWarning):
+    """Said once: acceptance says that drafter and target do not belong together. The text is
+    unaffected."""

@@ -11,6 +11,7 @@ __all__ = [
     "FailureEvent",
     "FinishReason",
     "GenerationStats",
+    "MismatchEvent",
     "Outcome",
     "PrefillEvent",
     "TokenLogprob",
@@ -125,6 +126,57 @@ class FailureEvent:
     generated_tokens: int
 
 
+@attrs.frozen
+class MismatchEvent:
+    """Running acceptance says that drafter and target do not belong together. Once a pipeline.
+
+    Attributes:
+        drafter: whose drafts they were.
+        cycles: cycles listened to, over all texts of the pipeline.
+        acceptance_length: tokens a cycle over these.
+        contexts: cycles that asked something new (a text that repeats itself counts once).
+        first_accepted: of those, cycles whose first draft token was accepted.
+        unrelated_rate: share of accepted first tokens up to which a drafter counts as unrelated.
+        expected_rate: share that one made for the target reaches at least, on hard text too.
+        stated_length: acceptance length that the checkpoint states; None where it states none.
+        parked: whether the width policy has stopped drafting.
+    """
+
+    drafter: str
+    cycles: int
+    acceptance_length: float
+    contexts: int
+    first_accepted: int
+    unrelated_rate: float
+    expected_rate: float
+    stated_length: float | None = None
+    parked: bool = False
+
+    @property
+    def message(self) -> str:
+        """What is wrong, the numbers, and what to check; one line."""
+        stated = (
+            f"; the checkpoint states {self.stated_length:.2f}"
+            if self.stated_length is not None
+            else ""
+        )
+        return (
+            f"drafter {self.drafter!r} and this target do not seem to belong together: acceptance "
+            f"length {self.acceptance_length:.2f} over {self.cycles} cycles (an unrelated drafter "
+            f"gets about 1.0{stated}), {self.first_accepted} of {self.contexts} first draft tokens "
+            f"accepted (made for the target: {self.expected_rate:.0%} or more; unrelated: "
+            f"{self.unrelated_rate:.0%} or less). The text is the target's all the same. Check "
+            "that the drafter's card names this very target and fine-tune, that its tap layers "
+            "count layer outputs from 0, and that both have one tokenizer"
+        )
+
+    @property
+    def said(self) -> str:
+        """The message, and whether drafting goes on."""
+        end = "the target goes on alone" if self.parked else "drafting goes on, as the width says"
+        return f"{self.message}; {end}"
+
+
 @attrs.define
 class GenerationStats:
     """Counts of one generation, and the rates that follow from them.
@@ -142,6 +194,7 @@ class GenerationStats:
         prefill_seconds: start to first token.
         decode_seconds: first token to last.
         fell_back: why the drafter was given up; empty while it works.
+        mismatch: the mismatch alarm of the pipeline; empty where it did not ring.
     """
 
     prompt_tokens: int = 0
@@ -156,6 +209,7 @@ class GenerationStats:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     fell_back: str = ""
+    mismatch: str = ""
 
     def add(self, event: CycleEvent) -> None:
         """Count one cycle. A cycle that was cancelled committed nothing and is not counted."""

@@ -17,7 +17,13 @@ if TYPE_CHECKING:
     from draftloom.checkpoint import DrafterDescription
     from draftloom.contracts import CacheKind, ComponentInfo, LoadedModel, TargetInfo
     from draftloom.errors import Problem
-    from draftloom.events import CycleEvent, FailureEvent, GenerationStats, PrefillEvent
+    from draftloom.events import (
+        CycleEvent,
+        FailureEvent,
+        GenerationStats,
+        MismatchEvent,
+        PrefillEvent,
+    )
     from draftloom.graph import Graph
     from draftloom.model_info import ModelInfo
     from draftloom.spec import ComponentSpec
@@ -172,6 +178,14 @@ def prefill_finished(event: PrefillEvent) -> None:
 @hookspec
 def cycle_finished(event: CycleEvent) -> None:
     """A cycle has been committed and the next draft is on its way."""
+
+
+@hookspec
+def drafter_mismatched(event: MismatchEvent) -> None:
+    """Acceptance says that drafter and target do not belong together.
+
+    Called once a pipeline, after the cycle that made it certain.
+    """
 
 
 @hookspec

@@ -45,6 +45,26 @@ class ModelInfo:
         value = self.config.get("architectures") or ()
         return (value,) if isinstance(value, str) else tuple(value)
 
+    @property
+    def stated_length(self) -> float | None:
+        """The acceptance length that a drafter's checkpoint states
+        (``"draftloom": {"acceptance_length": 3.3}`` in its config); None where it states none.
+
+        Raises:
+            ModelError: something else than a number of at least 1.
+        """
+        table = self.config.get("draftloom")
+        value = table.get("acceptance_length") if isinstance(table, Mapping) else None
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value < 1e4:
+            raise ModelError(
+                f"config.json of {self.name}: draftloom.acceptance_length must be a number of at "
+                f"least 1, got {value!r}",
+                "it is what the mismatch alarm compares with; leave it out if it is not known",
+            )
+        return float(value)
+
     @classmethod
     def from_path(cls, path: Path, name: str = "") -> ModelInfo:
         """Read config.json of a model folder.

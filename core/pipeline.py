@@ -185,6 +185,7 @@ class GenerationResult:
             "decode_seconds": stats.decode_seconds,
             "decode_tokens_per_second": stats.decode_tokens_per_second,
             "fell_back": stats.fell_back,
+            "mismatch": stats.mismatch,
             "seed": self.seed,
             "lossless": self.lossless,
             "pipeline": self.pipeline,

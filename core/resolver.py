@@ -260,7 +260,10 @@ class Resolver:
         if drafter is None and spec.use == "auto":
             return None
         if spec.use == "auto":
-            spec = ComponentSpec.make("fixed", {"tokens": drafter.info.default_width})
+            options = {"tokens": drafter.info.default_width, **dict(spec.options)}
+            if drafter.info.paired:  # a width that nobody chose need not be kept
+                options.setdefault("park", True)
+            spec = ComponentSpec.make("fixed", options)
             self.spec = attrs.evolve(self.spec, width=spec)
         return spec
 

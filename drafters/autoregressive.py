@@ -46,6 +46,7 @@ class AutoregressiveDrafter:
         law=DraftLaw.DENSE,
         default_width=4,
         model_options=("model",),
+        paired=("autoregressive",),
     )
 
     def __init__(self, model: Path | TargetAdapter) -> None:

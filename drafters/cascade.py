@@ -60,6 +60,7 @@ class CascadeDrafter:
             default_width=max(stage.info.default_width for stage in stages),
             max_width=None if None in limits else max(w for w in limits if w is not None),
             details="; ".join(stage.info.details for stage in stages if stage.info.details),
+            paired=tuple(source for stage in stages for source in stage.info.paired),
         )
 
     def check(self, target: TargetInfo) -> Iterable[Problem]:

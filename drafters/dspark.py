@@ -118,6 +118,7 @@ class DSparkDrafter:
         law=DraftLaw.DENSE,
         model_options=("checkpoint",),
         checkpoint_options=("checkpoint",),
+        paired=("dspark",),
     )
 
     def __init__(

@@ -28,6 +28,7 @@ __all__ = [
     "KvBitsOption",
     "KvGroupSizeOption",
     "MinPOption",
+    "ParkOption",
     "PipelineFlags",
     "PipelineOption",
     "QuantizedKvStartOption",
@@ -108,6 +109,15 @@ WidthOption = Annotated[
     typer.Option(
         metavar="POLICY|N",
         help="A width policy (adaptive), or draft tokens a cycle. Default: the drafter's.",
+        rich_help_panel=PARTS,
+    ),
+]
+ParkOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--park/--no-park",
+        help="Draft no more once acceptance shows that drafter and target do not belong together. "
+        "Default: yes, unless a number of tokens is given by --width or --block-size.",
         rich_help_panel=PARTS,
     ),
 ]
@@ -195,6 +205,7 @@ class PipelineFlags:
         rollback: ``NAME``, or ``KIND=NAME,KIND=NAME``.
         block_size: tokens a cycle verifies, the anchor included.
         width: a width policy, or draft tokens a cycle.
+        park: whether a width stops drafting after the mismatch alarm.
         pipeline: a pipeline file; the other options override what it says.
         kv_bits, kv_group_size, quantized_kv_start: see `KVQuantization`.
         temperature .. logit_bias: sampling parameters; ``ID,ID`` and ``ID=X,ID=X`` as text.
@@ -208,6 +219,7 @@ class PipelineFlags:
     rollback: str | None = None
     block_size: int | None = None
     width: str | None = None
+    park: bool | None = None
     pipeline: Path | None = None
     dtype: str | None = None
     temperature: float | None = None
@@ -264,6 +276,9 @@ class PipelineFlags:
         kv_cache = self._kv_cache(spec)
         if kv_cache is not None:
             builder = builder.kv_cache(**kv_cache)
+        if self.park is not None:
+            width = builder.spec.width
+            builder = builder.width(width.use, **{**dict(width.options), "park": self.park})
         sampling = {**dict(spec.sampling), **self._sampling()}
         return builder.sampling(**sampling) if sampling else builder
 

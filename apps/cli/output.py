@@ -15,7 +15,11 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from draftloom.errors import CheckpointWarning, DrafterFallbackWarning
+from draftloom.errors import (
+    CheckpointWarning,
+    DrafterFallbackWarning,
+    DrafterMismatchWarning,
+)
 
 if TYPE_CHECKING:
     from draftloom.pipeline import GenerationResult
@@ -54,9 +58,9 @@ def say_note(message: str) -> None:
 
 @contextmanager
 def fallback_on_stderr() -> Iterator[None]:
-    """Say a drafter's failure, or keys of its checkpoint that nobody read, once, as one line
-    instead of Python's way of showing warnings."""
-    ours = (DrafterFallbackWarning, CheckpointWarning)
+    """Say a drafter's failure, that it does not belong to the target, or keys of its checkpoint
+    that nobody read, once, as one line instead of Python's way of showing warnings."""
+    ours = (DrafterFallbackWarning, DrafterMismatchWarning, CheckpointWarning)
     said: set[str] = set()
     show = warnings.showwarning
 
@@ -147,7 +151,8 @@ def summary_line(result: GenerationResult) -> str:
         f"{stats.generated_tokens} tokens",
         f"{stats.decode_tokens_per_second:.1f} tokens/s",
         f"acceptance length {stats.acceptance_length:.2f} over {stats.cycles} cycles",
-        f"drafter {names['drafter']}" + (" (gave up)" if stats.fell_back else ""),
+        f"drafter {names['drafter']}"
+        + (" (gave up)" if stats.fell_back else " (mismatch)" if stats.mismatch else ""),
         f"prompt {stats.prompt_tokens} tokens in {stats.prefill_seconds:.2f} s",
         result.finish_reason,
     ]

@@ -154,6 +154,9 @@ class RunFolder:
         }
         try:
             self._arrays(self.state_file, arrays, {"draftloom": json.dumps(facts)})
+            if state.measured:  # what the mismatch alarm compares with
+                stated = round(max(state.measured[-1]["tau"], 1.0), 3)
+                config = {**config, "draftloom": {"acceptance_length": stated}}
             self.save_drafter(state.parameters, config, card)
         except (OSError, RuntimeError) as error:
             raise DraftloomError(

@@ -68,7 +68,12 @@ def with_taps(
     """What a drafter says of itself once its checkpoint is known."""
     width, taps = description.max_width, description.tap_layers
     return attrs.evolve(
-        info, tap_layers=taps, default_width=width, max_width=width, details=details
+        info,
+        tap_layers=taps,
+        default_width=width,
+        max_width=width,
+        details=details,
+        stated_length=description.stated_length,
     )
 
 

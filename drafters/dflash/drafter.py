@@ -55,6 +55,7 @@ class DFlashDrafter:
         law=DraftLaw.DETERMINISTIC,
         model_options=("checkpoint",),
         checkpoint_options=("checkpoint",),
+        paired=("dflash",),
     )
 
     def __init__(

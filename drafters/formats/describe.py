@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import attrs
+
 from draftloom.checkpoint import DrafterDescription
 from draftloom.model_info import ModelInfo
 
@@ -24,5 +26,5 @@ def describe_checkpoint(model: ModelInfo) -> DrafterDescription | None:
     for module in FORMATS:
         description = module.read(model)
         if description is not None:
-            return description
+            return attrs.evolve(description, stated_length=model.stated_length)
     return None

@@ -19,7 +19,7 @@ WITHOUT_EFFECT = frozenset(
         *("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "id2label"),
         *("output_attentions", "output_hidden_states", "chunk_size_feed_forward", "label2id"),
         *("max_window_layers", "use_sliding_window", "is_encoder_decoder", "pretraining_tp"),
-        *("num_anchors", "loss_decay_gamma"),
+        *("num_anchors", "loss_decay_gamma", "draftloom"),
     )
 )
 """Keys that change nothing of what a drafter computes: book-keeping, and what training used."""

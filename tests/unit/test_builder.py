@@ -131,7 +131,7 @@ def test_what_was_resolved_is_in_the_spec(attention: str, tmp_path: Path) -> Non
     checkpoint = str(write_dflash(tmp_path / "dflash", weights=False))
     plan = builder(attention).drafter(checkpoint).check()
     assert plan.spec.drafter == ComponentSpec.make("dflash", {"checkpoint": checkpoint})
-    assert plan.spec.width == ComponentSpec.make("fixed", {"tokens": 4})
+    assert plan.spec.width == ComponentSpec.make("fixed", {"tokens": 4, "park": True})
     assert PipelineSpec.from_toml(plan.spec.to_toml()) == plan.spec
 
 

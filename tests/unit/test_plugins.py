@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import mlx.core as mx
 import pytest
 
 import draftloom
@@ -16,8 +17,11 @@ from draftloom import (
     CacheKind,
     ComponentInfo,
     ComponentSpec,
+    Draft,
     Drafter,
     DrafterDescription,
+    DrafterMismatchWarning,
+    DraftLaw,
     GenerationError,
     GraphError,
     LoadedModel,
@@ -53,6 +57,15 @@ class Bare(NoDrafter):
     """A drafter without options."""
 
     info = ComponentInfo("bare", "drafts nothing")
+
+
+class Stranger(NoDrafter):
+    """Made for another target."""
+
+    info = ComponentInfo("stranger", law=DraftLaw.DETERMINISTIC, paired=("stranger",))
+
+    def propose(self, anchor: Any, width: int, sampling: Any) -> Draft:
+        return Draft.deterministic(mx.zeros((1, 1), dtype=mx.int32))
 
 
 # --- names -----------------------------------------------------------------------------------
@@ -421,6 +434,7 @@ class RecordingPlugin:
 
     @hookimpl
     def register_drafters(self, register: Any) -> None:
+        register("recording.stranger", Stranger)
         self._note(register("recording.drafter", Bare))
 
     @hookimpl
@@ -504,6 +518,10 @@ class RecordingPlugin:
         self._note(event)
 
     @hookimpl
+    def drafter_mismatched(self, event: Any) -> None:
+        self._note(event)
+
+    @hookimpl
     def generation_finished(self, event: Any) -> None:
         self._note(event)
 
@@ -567,6 +585,10 @@ def test_every_hook_is_called(recording: RecordingPlugin, tmp_path: Path) -> Non
     failing = builder.drafter(str(checkpoint)).insert("recording.node", after="verify", calls=2)
     with failing.build() as pipeline, pytest.raises(GenerationError, match="the probe is broken"):
         pipeline.generate(PROMPT, max_tokens=6)
+    with builder.drafter("recording.stranger").build() as pipeline:
+        pipeline._parts.monitor._evidence = 20.0  # rings whatever the first cycle brings
+        with pytest.warns(DrafterMismatchWarning):
+            pipeline.generate(PROMPT, max_tokens=3)
 
     with pytest.raises(GraphError, match="recording: too quiet"):
         failing.insert("recording.node", after="read", calls=1).check()
@@ -586,9 +608,10 @@ def test_every_hook_is_called(recording: RecordingPlugin, tmp_path: Path) -> Non
     assert calls["resolve_drafter"][0] == "recording:tiny"
     assert calls["resolve_drafter_checkpoint"] == [(str(checkpoint), description())] * 2
     assert calls["read_drafter_checkpoint"] == [str(checkpoint)] * 2
-    assert [event.prompt_tokens for event in calls["prefill_finished"]] == [len(PROMPT)] * 2
-    assert [event.index for event in calls["cycle_finished"]] == [1, 2, 3, 1]
-    assert [stats.generated_tokens for stats in calls["generation_finished"]] == [4]
+    assert [event.prompt_tokens for event in calls["prefill_finished"]] == [len(PROMPT)] * 3
+    assert [event.index for event in calls["cycle_finished"]][:5] == [1, 2, 3, 1, 1]
+    assert [stats.generated_tokens for stats in calls["generation_finished"]] == [4, 3]
+    assert [event.drafter for event in calls["drafter_mismatched"]] == ["stranger"]
     (failure,) = calls["generation_failed"]
     assert failure.generated_tokens == 2
     assert "the probe is broken" in failure.message

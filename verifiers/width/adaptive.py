@@ -69,12 +69,17 @@ class AdaptiveWidth:
         tokens: the widest draft it may choose; None is the drafter's most (16 without one).
         probe_share: share of the time that asking a parked drafter may take, 0..1.
         memory: cycles after which a cycle counts about a third.
+        park: draft no more, not even to ask, once the mismatch alarm has rung.
     """
 
     info = ComponentInfo("adaptive", "as many tokens as pay, down to plain decoding")
 
     def __init__(
-        self, tokens: int | None = None, probe_share: float = 0.02, memory: int = 32
+        self,
+        tokens: int | None = None,
+        probe_share: float = 0.02,
+        memory: int = 32,
+        park: bool = True,
     ) -> None:
         if tokens is not None and tokens < 1:
             raise ValueError(f"tokens must be at least 1, got {tokens}")
@@ -91,12 +96,19 @@ class AdaptiveWidth:
         self._reached: list[float] = []
         self._accepted: list[float] = []
         self._budget = 0.0
+        self._parks = park
+        self._parked = False
+
+    def park(self) -> bool:
+        """Draft no more, unless that is not wanted. Whether it drafts no more."""
+        self._parked = self._parks
+        return self._parks
 
     def choose(self, limit: int) -> Width:
         """The widths of the next cycle."""
         most = min(limit, 16 if self._most is None and limit > 64 else self._most or limit)
         plain = self._plain.at(0)
-        if plain is None or most < 1:
+        if plain is None or most < 1 or self._parked:
             return Width(0, 0)
         if self._explored < len(FIRST_WIDTHS):
             return self._width(FIRST_WIDTHS[self._explored], most)
