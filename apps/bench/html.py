@@ -10,7 +10,7 @@ from .charts import Bar, Line, bar_plot, line_plot, stacked_plot
 from .measure import WINDOW
 from .stages import STAGES
 
-__all__ = ["render_html", "render_table"]
+__all__ = ["render_html", "render_page", "render_table"]
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; }
@@ -67,6 +67,11 @@ def render_html(report: Report, title: str = "", sections: Sequence[str] = ()) -
     parts += _windows(report)
     parts += _stages(report)
     parts += _texts(report)
+    return render_page(title, parts)
+
+
+def render_page(title: str, parts: Sequence[str]) -> str:
+    """A whole page of HTML parts, which may load and run nothing."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from .checkpoint import TrainState
@@ -18,6 +19,8 @@ def model_card(
     inner = config.get("dflash_config") or {}
     block = config.get("block_size") or inner.get("block_size")
     seen = sum(len(d.tokens) for d in corpus.train)
+    sources = sorted({_source(d.source) for d in corpus.train})
+    sources = [*sources[:8], *([f"and {len(sources) - 8} more"] if len(sources) > 8 else [])]
     lines = [
         "# DFlash drafter",
         "",
@@ -36,6 +39,7 @@ def model_card(
         f"| documents | {len(corpus.train)} ({seen} tokens), {corpus.duplicates} duplicates left "
         "out |",
         f"| held out | {len(corpus.held_out)} documents |",
+        f"| data | {', '.join(sources)} |",
         f"| data fingerprint | `{corpus.fingerprint[:16]}` |",
         f"| steps | {state.step}, {settings.batch} x {settings.accumulate} "
         f"sequences of at most {settings.context} tokens, {settings.anchors} anchors each |",
@@ -66,3 +70,8 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _source(source: str) -> str:
+    """The name of the file that a document was read from: no folder, no line."""
+    return f"`{Path(source.split(', line ', maxsplit=1)[0]).name}`"

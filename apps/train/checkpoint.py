@@ -4,12 +4,15 @@ one or the new one, whatever happens in between.
     OUT/config.json, model.safetensors, README.md    the drafter, in the z-lab layout
     OUT/training/state.safetensors                   float32 weights, optimizer, step
     OUT/training/log.jsonl                           one record a logged step or measurement
+    OUT/training/curves.html                         the log as curves
+    OUT/training/held-out.jsonl                      what was held out, for `eval drafter --data`
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,9 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
 from draftloom.errors import DraftloomError, ModelError, UsageError
+
+from .curves import curves_html, read_log
+from .data import Document
 
 __all__ = ["RunFolder", "TrainState"]
 
@@ -158,6 +164,8 @@ class RunFolder:
                 stated = round(max(state.measured[-1]["tau"], 1.0), 3)
                 config = {**config, "draftloom": {"acceptance_length": stated}}
             self.save_drafter(state.parameters, config, card)
+            curves = curves_html(f"draftloom train: {self.out.name}", read_log(self.log_file))
+            self._text(self.out / "training" / "curves.html", curves)
         except (OSError, RuntimeError) as error:
             raise DraftloomError(
                 f"step {state.step} cannot be saved in {self.out}: {error}",
@@ -186,6 +194,13 @@ class RunFolder:
         temporary = file.with_name(f".writing-{file.name}")
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, file)
+
+    def keep_held_out(self, documents: Sequence[Document]) -> None:
+        """Write what is held out, in a form that `--data` reads."""
+        lines = (
+            json.dumps({"tokens": d.tokens, "prompt_tokens": d.prompt}) + "\n" for d in documents
+        )
+        self._text(self.out / "training" / "held-out.jsonl", "".join(lines))
 
     def log(self, record: dict[str, Any]) -> None:
         """Append a record."""

@@ -223,6 +223,7 @@ class Trainer:
         """
         settings, state = self.settings, self.state
         if state.step == 0 and not state.measured:
+            self.folder.keep_held_out(self.corpus.held_out)
             self._save()
             if settings.eval_first:
                 self._measure()

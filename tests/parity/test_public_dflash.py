@@ -1,7 +1,8 @@
 """A drafter trained here, loaded by the public `dflash` package: the same proposals.
 
 The package comes from the registry into a folder of its own, without what it asks for: its MLX
-loader needs mlx and mlx-lm alone, which are here. Where no registry answers, these tests are skipped.
+loader needs mlx and mlx-lm alone, which are here. Where no registry answers, these tests are
+skipped.
 """
 
 import json

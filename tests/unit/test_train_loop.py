@@ -11,6 +11,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from draftloom.apps.train import checkpoint
+from draftloom.apps.train.curves import curves_html
+from draftloom.apps.train.data import read_corpus
 from draftloom.apps.train.design import DrafterDesign
 from draftloom.apps.train.features import FeatureError
 from draftloom.apps.train.loop import Trainer, TrainRequest
@@ -164,6 +166,28 @@ def test_checkpoint_is_in_the_public_layout(whole: Path) -> None:
     assert arrays.keys() == names | {f"layers.0.{n}.weight" for n in layer}
     assert {value.dtype for value in arrays.values()} == {mx.bfloat16}
     assert "Acceptance length" in (whole / "README.md").read_text()
+
+
+def test_log_becomes_curves_and_held_out_prompts_are_kept(whole: Path) -> None:
+    page = (whole / "training" / "curves.html").read_text()
+    for title in ("Loss by step", "Right in training, by slot", "Acceptance length on held-out"):
+        assert title in page
+    assert "<script" not in page
+    assert "src=" not in page
+    lines = (whole / "training" / "held-out.jsonl").read_text().splitlines()
+    assert len(lines) > 5  # of about 200
+    corpus = read_corpus([whole / "training" / "held-out.jsonl"], None, 33, held_out=0.0, seed=0)
+    assert len(corpus.train) == len(lines)
+    assert "| data | `texts.jsonl` |" in (whole / "README.md").read_text()
+
+
+def test_curves_of_a_long_log_stay_small() -> None:
+    step = {"kind": "step", "right_by_position": [0.5, 0.25, 0.1], "tokens_per_second": 9.0}
+    records = [{**step, "step": n, "loss": 1 / n} for n in range(1, 5001)]
+    page = curves_html("long", records)
+    assert page.count("<circle") <= 5 * 120
+    assert "slot 2" in page
+    assert "Acceptance" not in page
 
 
 def test_run_starts_from_another_drafter(
