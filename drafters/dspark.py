@@ -31,6 +31,7 @@ from draftloom.sampling import SamplingState, target_law
 
 from .dflash.block import BlockContext, LoadedDrafter, described, load_drafter, with_taps
 from .dflash.model import DFlashModel
+from .dflash.packing import Packing
 
 __all__ = ["DSparkDrafter"]
 
@@ -102,13 +103,16 @@ class DSparkDrafter:
         checkpoint: its description, or a folder of a built-in format.
         confidence_threshold: in [0, 1); a draft ends before the first token at which the product
             of the confidences so far is below it. 0 keeps every draft whole.
+        bits: pack the weights to 4 or 8 bits when they are loaded; None keeps them plain.
+        group_size: weights that share a scale, with `bits`; None takes one that fits.
 
     Attributes:
         description: of the checkpoint.
 
     Raises:
         ModelError: the folder is not a DSpark checkpoint, or its config is incomplete.
-        UsageError: a threshold out of range, or one for a checkpoint without a confidence head.
+        UsageError: an option out of its range, or a threshold for a checkpoint without a confidence
+            head.
     """
 
     info = ComponentInfo(
@@ -122,8 +126,13 @@ class DSparkDrafter:
     )
 
     def __init__(
-        self, checkpoint: Path | DrafterDescription, confidence_threshold: float = 0.0
+        self,
+        checkpoint: Path | DrafterDescription,
+        confidence_threshold: float = 0.0,
+        bits: int | None = None,
+        group_size: int | None = None,
     ) -> None:
+        self._packing = Packing.of(bits, group_size)
         self.description = described(checkpoint, "dspark")
         number = isinstance(confidence_threshold, int | float)
         if not number or not 0 <= confidence_threshold < 1:
@@ -137,20 +146,32 @@ class DSparkDrafter:
                 "leave confidence_threshold out",
             )
         self._threshold = float(confidence_threshold)
-        self.info = with_taps(type(self).info, self.description)
+        self.info = with_taps(type(self).info, self.description, self._details())
         self._loaded: LoadedDrafter | None = None
 
+    def _details(self) -> str:
+        parts = [] if self._packing is None else [self._packing.describe(self._network())]
+        if self._threshold:
+            parts.append(f"drafts end where confidence falls below {self._threshold:g}")
+        return "; ".join(parts)
+
+    def _network(self) -> DSparkModel:
+        """The network without weights, for its shapes."""
+        return DSparkModel(self.description)
+
     def check(self, target: TargetInfo) -> Iterable[Problem]:
-        """What of the checkpoint does not fit the target."""
-        return self.description.problems(target)
+        """What of the checkpoint does not fit the target, or the options."""
+        yield from self.description.problems(target)
+        if self._packing is not None:
+            yield from self._packing.problems(self._network(), self.info.name)
 
     def bind(self, context: BindContext) -> None:
-        """Load the weights, in the type that the target computes in.
+        """Load the weights, in the type that the target computes in, and pack them if asked to.
 
         Raises:
             ModelError: weights missing, corrupt, or not fitting the config; names the tensor.
         """
-        self._loaded = load_drafter(self.description, context, DSparkModel)
+        self._loaded = load_drafter(self.description, context, DSparkModel, self._packing)
 
     def open(self, request: DraftRequest) -> DSparkSession:
         """Begin a generation.

@@ -8,8 +8,10 @@ mlx-lm's filters in float64. Thousands of seeded generations must follow it: chi
 from __future__ import annotations
 
 import itertools
+import tempfile
 from collections.abc import Iterator
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -22,12 +24,14 @@ from draftloom.contracts import DraftLaw, DraftRequest
 from draftloom.pipeline import GenerateOptions
 from draftloom.sampling import SamplingParams, SamplingState
 from tests.support import models, pipelines
+from tests.support.checkpoints import Golden, write
 from tests.support.oracle import text_model
 from tests.support.statistics import chi_square, filtered_law
 
 P_VALUE = 1e-4
 VOCAB, TOKENS, PROMPT = 8, 3, (1, 2, 5, 1, 2)
 RUNS = 1500
+SIZES: dict[str, Any] = {"hidden": models.HIDDEN, "vocab": VOCAB, "taps": (0,), "block": 4}
 SEED = 9
 FILTERS = [
     pytest.param({"temperature": 1.0}, id="t1"),
@@ -64,9 +68,24 @@ def text_law(family: str, filters: dict[str, float]) -> dict[tuple[int, ...], fl
 
 
 DRAFTERS = ("prompt-lookup", "autoregressive", "dense", "top-k", "fixed")
+CHECKPOINTS = {
+    "dflash-reduced": ("speculators", Golden(draft_ids=(1, 3, 4, 6), **SIZES)),
+    "dspark-reduced": (
+        "speculators",
+        Golden(draft_ids=(0, 2, 3, 5, 7), first_slot=0, markov="vanilla", rank=4, **SIZES),
+    ),
+    "dspark-cut": ("dspark", Golden(markov="vanilla", rank=4, confidence=True, seed=2, **SIZES)),
+}
+"""Formats with a reduced vocabulary, and drafts that a confidence ends; random weights."""
 
 
-def with_drafter(name: str, builder: PipelineBuilder) -> PipelineBuilder:
+def with_drafter(name: str, builder: PipelineBuilder, scratch: Path) -> PipelineBuilder:
+    if name in CHECKPOINTS:
+        form, golden = CHECKPOINTS[name]
+        folder = write(scratch, form, golden)
+        options = {"confidence_threshold": 0.25} if golden.confidence else {}
+        use = "dspark" if golden.markov else "dflash"
+        return builder.drafter(use, checkpoint=str(folder), **options)
     if name == "autoregressive":
         return builder.drafter(
             "autoregressive", model=pipelines.adapt(new("qwen2", 3, sharp=0.8))
@@ -84,8 +103,10 @@ def with_drafter(name: str, builder: PipelineBuilder) -> PipelineBuilder:
 def generations(
     family: str, drafter: str, filters: dict[str, Any], runs: int = RUNS
 ) -> Iterator[tuple[tuple[int, ...], Any]]:
-    builder = with_drafter(drafter, pipelines.builder(new(family, SEED)))
-    with builder.acceptance("speculative-sampling").build() as pipeline:
+    with tempfile.TemporaryDirectory() as scratch:
+        builder = with_drafter(drafter, pipelines.builder(new(family, SEED)), Path(scratch))
+        pipeline = builder.acceptance("speculative-sampling").build()
+    with pipeline:
         for seed in range(runs):
             # One token more than is looked at, so that the last one is drafted for as well.
             options = GenerateOptions(max_tokens=TOKENS + 1, seed=seed, **filters)
@@ -101,6 +122,13 @@ def test_generations_follow_the_law_of_the_target_alone(
     drafter: str, filters: dict[str, float]
 ) -> None:
     check("qwen3", drafter, filters)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("drafter", CHECKPOINTS)
+def test_generations_with_checkpoints_follow_the_law(drafter: str) -> None:
+    """q is zero outside of a reduced vocabulary; a cut ends a draft at the target's own law."""
+    check("qwen3", drafter, {"temperature": 1.0})
 
 
 @pytest.mark.slow
@@ -155,7 +183,8 @@ def test_an_autoregressive_drafter_draws_from_the_law_it_reports(
     }
     for first, second in itertools.product(range(VOCAB), repeat=2):
         law[first, second] = float(rows[()][first] * rows[first,][second])
-    with with_drafter("autoregressive", pipelines.builder(new("qwen3", SEED))).build() as pipeline:
+    builder = pipelines.builder(new("qwen3", SEED))
+    with with_drafter("autoregressive", builder, Path()).build() as pipeline:
         request = DraftRequest((PROMPT,), SamplingState(SamplingParams(**filters)), VOCAB)
         session = pipeline._parts.drafter.open(request)
         session.observe((PROMPT[:-1],), None)

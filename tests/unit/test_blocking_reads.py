@@ -17,9 +17,11 @@ import mlx.core as mx
 import pytest
 
 from draftloom import ComponentInfo, ModelInfo, Port
+from tests.support.checkpoints import Golden, write
 
 from .fakes import (
     PROMPT,
+    VOCAB,
     Offer,
     half_right,
     model,
@@ -133,6 +135,9 @@ DRAFTERS: dict[str, Callable[[Any, str], Any]] = {
     "none": lambda builder, dflash: builder.drafter("none"),
     "prompt-lookup": lambda builder, dflash: builder.drafter("prompt-lookup"),
     "dflash": lambda builder, dflash: builder.drafter("dflash", checkpoint=dflash),
+    "dspark": lambda builder, dflash: builder.drafter(
+        "dspark", checkpoint=spark(Path(dflash).parent), confidence_threshold=0.1
+    ),
     "autoregressive": lambda builder, dflash: builder.drafter(
         "autoregressive", model=draft_model(builder)
     ),
@@ -140,6 +145,15 @@ DRAFTERS: dict[str, Callable[[Any, str], Any]] = {
         "cascade", stages=["prompt-lookup", {"use": "dflash", "checkpoint": dflash}]
     ),
 }
+
+
+def spark(folder: Path) -> str:
+    """A DSpark checkpoint with a reduced vocabulary and a confidence head."""
+    golden = Golden(
+        hidden=32, vocab=VOCAB, taps=(0, 1), draft_ids=tuple(range(1, VOCAB, 2)), first_slot=0,
+        markov="vanilla", confidence=True,
+    )  # fmt: skip
+    return str(write(folder / "spark", "speculators", golden))
 
 
 def draft_model(builder: Any) -> Any:
