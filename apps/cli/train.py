@@ -409,6 +409,7 @@ class Screen:
             line = (
                 f"loss {record['loss']:.3f}  {record['tokens_per_second']:.0f} tokens/s  "
                 f"{record['blocks_per_second']:.0f} blocks/s  "
+                f"{record['operations_per_second'] / 1e12:.2g} TFLOP/s  "
                 f"{_clock(record['seconds_left'])} left"
             )
         text = f"step {record['step']}  {line}"

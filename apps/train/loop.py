@@ -26,10 +26,11 @@ from .evaluate import measure
 from .features import FeatureCache, FeatureError, OnlineFeatures
 from .responses import Responses, ResponseSettings, prompts_of
 from .settings import TrainSettings
-from .step import DrafterLoss
+from .step import BlockBatch, DrafterLoss
 from .target import FrozenTarget
 from .update import Updates, make_optimizer
 from .weights import in_order, initial_parameters
+from .work import drafter_operations, target_operations
 
 __all__ = ["TrainRequest", "Trainer"]
 
@@ -255,7 +256,7 @@ class Trainer:
         """Launch a step, and read the numbers of the one before."""
         settings, state = self.settings, self.state
         gradients, losses, shares = [], [], []
-        blocks = tokens = 0
+        blocks = tokens = operations = 0
         for part in range(settings.accumulate):
             batch, count = self._batches.batch(state.step * settings.accumulate + part)
             loss, share, gradient = self._updates.gradients(state.parameters, batch)
@@ -265,6 +266,7 @@ class Trainer:
             losses.append(loss)
             shares.append(share)
             tokens, blocks = tokens + count, blocks + batch.anchors.size
+            operations += self._operations(batch)
         rate = settings.rate(state.step, self.clock)
         state.parameters, state.optimizer, norm = self._updates.apply(
             state.parameters, state.optimizer, gradients, rate
@@ -276,7 +278,9 @@ class Trainer:
         before, self._launched = self._launched, None
         if before is not None:
             self._read(before)
-        self._launched = _Launched(state.step, numbers, shares_now, rate, tokens, blocks)
+        self._launched = _Launched(
+            state.step, numbers, shares_now, rate, tokens, blocks, operations
+        )
         if not self._begun:
             self._begun, seconds = True, state.seconds
             self._settle()
@@ -284,6 +288,13 @@ class Trainer:
             self._record({"kind": "first-step", "step": state.step, "seconds": took})
             if not (self.finished or _due(state.step, settings.log_every)):
                 self._since = _Since()
+
+    def _operations(self, batch: BlockBatch) -> int:
+        found = drafter_operations(self.config, batch)
+        if self.request.cache is None:
+            rows, context = batch.features.shape[:2]
+            found += target_operations(self.target, self.config.tap_layers, rows * context)
+        return found
 
     def _settle(self) -> None:
         """Wait for the step in flight."""
@@ -320,6 +331,7 @@ class Trainer:
                 "right_by_position": launched.shares.tolist(),
                 "tokens_per_second": since.tokens / seconds,
                 "blocks_per_second": since.blocks / seconds,
+                "operations_per_second": since.operations / seconds,
                 "progress": progress,
                 "seconds": state.seconds,
                 "seconds_left": self._seconds_left(progress, since.seconds / since.steps),
@@ -381,7 +393,7 @@ class Trainer:
 @attrs.frozen(eq=False)
 class _Launched:
     """A step on the device: its number, [loss, norm], shares of right slots, learning rate, and how
-    many tokens and blocks it took."""
+    many tokens, blocks and operations it took."""
 
     step: int
     numbers: mx.array
@@ -389,6 +401,7 @@ class _Launched:
     rate: float
     tokens: int
     blocks: int
+    operations: int
 
 
 class _Since:
@@ -397,7 +410,7 @@ class _Since:
     def __init__(self) -> None:
         self._mark = time.perf_counter()
         self.seconds = 0.0
-        self.steps = self.tokens = self.blocks = 0
+        self.steps = self.tokens = self.blocks = self.operations = 0
         self.last: _Launched | None = None
 
     def add(self, launched: _Launched) -> float:
@@ -407,6 +420,7 @@ class _Since:
         self.seconds += seconds
         self.steps, self.last = self.steps + 1, launched
         self.tokens, self.blocks = self.tokens + launched.tokens, self.blocks + launched.blocks
+        self.operations += launched.operations
         return seconds
 
 

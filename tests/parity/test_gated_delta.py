@@ -132,8 +132,9 @@ def test_chunked_rule_stays_finite_on_nearly_parallel_keys():
     assert error(end, truth.states[:, -1]) < 1e-3
 
 
-def test_chunked_gradients_equal_the_sequential_ones():
-    arrays = case(37, rows=1, sizes=(32, 32))
+@pytest.mark.parametrize("tokens", [1, 15, 37, 65])
+def test_chunked_gradients_equal_the_sequential_ones(tokens):
+    arrays = case(tokens, rows=1, sizes=(32, 32))
     weight = mx.random.normal(arrays[2].shape)
 
     def loss(run):

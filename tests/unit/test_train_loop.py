@@ -10,7 +10,7 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from draftloom.apps.train import checkpoint
+from draftloom.apps.train import checkpoint, loop
 from draftloom.apps.train.curves import curves_html
 from draftloom.apps.train.data import read_corpus
 from draftloom.apps.train.design import DrafterDesign
@@ -394,15 +394,28 @@ def test_compiled_step_trains_alike(
         assert mine == pytest.approx(theirs, rel=1e-4)
 
 
-def test_run_ends_with_its_time(toy: Path, plugins: PluginManager, tmp_path: Path) -> None:
+def test_run_ends_with_its_time(
+    toy: Path, plugins: PluginManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Clock:
+        """Every look at it takes a tenth of a second."""
+
+        now = 0.0
+
+        def perf_counter(self) -> float:
+            self.now += 0.1
+            return self.now
+
+    monkeypatch.setattr(loop, "time", Clock())
     out = tmp_path / "out"
-    request = request_for(toy, out, steps=None, max_minutes=0.5 / 60, eval_first=False)
+    request = request_for(toy, out, steps=None, max_minutes=1 / 60, eval_first=False)
     records = train(request, plugins)
     steps = [r for r in records if r["kind"] == "step"]
-    assert len(steps) > 2
+    assert len(steps) > 5
     assert steps[-1]["progress"] == 1
     assert steps[-2]["progress"] < 1
-    assert 0.5 <= steps[-1]["seconds"] < 5
+    assert 1.0 <= steps[-1]["seconds"] < 1.2
+    assert steps[-1]["seconds_left"] == 0
     assert steps[-1]["learning_rate"] < 0.2 * max(r["learning_rate"] for r in steps)
     assert [r["step"] for r in records if r["kind"] == "held-out"] == [steps[-1]["step"]]
     assert (out / "model.safetensors").is_file()
