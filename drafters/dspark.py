@@ -29,9 +29,15 @@ from draftloom.contracts import (
 from draftloom.errors import ModelError, Problem, UsageError
 from draftloom.sampling import SamplingState, target_law
 
-from .dflash.block import BlockContext, LoadedDrafter, described, load_drafter, with_taps
+from .dflash.block import (
+    BlockContext,
+    BlockOptions,
+    LoadedDrafter,
+    described,
+    load_drafter,
+    with_taps,
+)
 from .dflash.model import DFlashModel
-from .dflash.packing import Packing
 
 __all__ = ["DSparkDrafter"]
 
@@ -103,16 +109,15 @@ class DSparkDrafter:
         checkpoint: its description, or a folder of a built-in format.
         confidence_threshold: in [0, 1); a draft ends before the first token at which the product
             of the confidences so far is below it. 0 keeps every draft whole.
-        bits: pack the weights to 4 or 8 bits when they are loaded; None keeps them plain.
-        group_size: weights that share a scale, with `bits`; None takes one that fits.
+        bits, group_size, window, sinks: see `BlockOptions.of`.
 
     Attributes:
         description: of the checkpoint.
 
     Raises:
         ModelError: the folder is not a DSpark checkpoint, or its config is incomplete.
-        UsageError: an option out of its range, or a threshold for a checkpoint without a confidence
-            head.
+        UsageError: a threshold out of range, or one for a checkpoint without a confidence head;
+            another option out of its range.
     """
 
     info = ComponentInfo(
@@ -131,8 +136,10 @@ class DSparkDrafter:
         confidence_threshold: float = 0.0,
         bits: int | None = None,
         group_size: int | None = None,
+        window: int | None = None,
+        sinks: int | None = None,
     ) -> None:
-        self._packing = Packing.of(bits, group_size)
+        self._options = BlockOptions.of(bits, group_size, window, sinks)
         self.description = described(checkpoint, "dspark")
         number = isinstance(confidence_threshold, int | float)
         if not number or not 0 <= confidence_threshold < 1:
@@ -150,20 +157,15 @@ class DSparkDrafter:
         self._loaded: LoadedDrafter | None = None
 
     def _details(self) -> str:
-        parts = [] if self._packing is None else [self._packing.describe(self._network())]
+        details = self._options.describe(DSparkModel(self.description))
         if self._threshold:
-            parts.append(f"drafts end where confidence falls below {self._threshold:g}")
-        return "; ".join(parts)
-
-    def _network(self) -> DSparkModel:
-        """The network without weights, for its shapes."""
-        return DSparkModel(self.description)
+            details += f"; drafts end where confidence falls below {self._threshold:g}"
+        return details
 
     def check(self, target: TargetInfo) -> Iterable[Problem]:
         """What of the checkpoint does not fit the target, or the options."""
         yield from self.description.problems(target)
-        if self._packing is not None:
-            yield from self._packing.problems(self._network(), self.info.name)
+        yield from self._options.problems(DSparkModel(self.description), self.info.name)
 
     def bind(self, context: BindContext) -> None:
         """Load the weights, in the type that the target computes in, and pack them if asked to.
@@ -171,7 +173,7 @@ class DSparkDrafter:
         Raises:
             ModelError: weights missing, corrupt, or not fitting the config; names the tensor.
         """
-        self._loaded = load_drafter(self.description, context, DSparkModel, self._packing)
+        self._loaded = load_drafter(self.description, context, DSparkModel, self._options)
 
     def open(self, request: DraftRequest) -> DSparkSession:
         """Begin a generation.

@@ -16,6 +16,8 @@ from .options import (
     BlockSizeOption,
     DrafterBitsOption,
     DrafterOption,
+    DrafterSinksOption,
+    DrafterWindowOption,
     DtypeOption,
     JsonOption,
     KvBitsOption,
@@ -52,6 +54,8 @@ def audit(
     target: TargetOption = None,
     drafter: DrafterOption = None,
     drafter_bits: DrafterBitsOption = None,
+    drafter_window: DrafterWindowOption = None,
+    drafter_sinks: DrafterSinksOption = None,
     offline: OfflineOption = False,
     verifier: VerifierOption = None,
     acceptance: AcceptanceOption = None,
@@ -69,7 +73,8 @@ def audit(
     """
     text_options(max_tokens, None)
     flags = PipelineFlags(
-        target=target, drafter=drafter, drafter_bits=drafter_bits, verifier=verifier,
+        target=target, drafter=drafter, drafter_bits=drafter_bits,
+        drafter_window=drafter_window, drafter_sinks=drafter_sinks, verifier=verifier,
         acceptance=acceptance,
         rollback=rollback, block_size=block_size, pipeline=pipeline, dtype=dtype, temperature=0.0,
         kv_bits=kv_bits, kv_group_size=kv_group_size, quantized_kv_start=quantized_kv_start,

@@ -16,6 +16,8 @@ from .options import (
     BlockSizeOption,
     DrafterBitsOption,
     DrafterOption,
+    DrafterSinksOption,
+    DrafterWindowOption,
     DtypeOption,
     KvBitsOption,
     KvGroupSizeOption,
@@ -82,6 +84,8 @@ def chat(
     target: TargetOption = None,
     drafter: DrafterOption = None,
     drafter_bits: DrafterBitsOption = None,
+    drafter_window: DrafterWindowOption = None,
+    drafter_sinks: DrafterSinksOption = None,
     offline: OfflineOption = False,
     verifier: VerifierOption = None,
     acceptance: AcceptanceOption = None,
@@ -113,7 +117,8 @@ def chat(
     Piped in, every line is a message (or a command) and stdout holds the answers only.
     """
     flags = PipelineFlags(
-        target=target, drafter=drafter, drafter_bits=drafter_bits, verifier=verifier,
+        target=target, drafter=drafter, drafter_bits=drafter_bits,
+        drafter_window=drafter_window, drafter_sinks=drafter_sinks, verifier=verifier,
         acceptance=acceptance,
         rollback=rollback, block_size=block_size, pipeline=pipeline, dtype=dtype,
         temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed,

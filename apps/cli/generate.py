@@ -17,6 +17,8 @@ from .options import (
     BlockSizeOption,
     DrafterBitsOption,
     DrafterOption,
+    DrafterSinksOption,
+    DrafterWindowOption,
     DtypeOption,
     JsonOption,
     KvBitsOption,
@@ -92,6 +94,8 @@ def generate(
     target: TargetOption = None,
     drafter: DrafterOption = None,
     drafter_bits: DrafterBitsOption = None,
+    drafter_window: DrafterWindowOption = None,
+    drafter_sinks: DrafterSinksOption = None,
     offline: OfflineOption = False,
     verifier: VerifierOption = None,
     acceptance: AcceptanceOption = None,
@@ -125,7 +129,8 @@ def generate(
     Ctrl-C ends it with what there is.
     """
     flags = PipelineFlags(
-        target=target, drafter=drafter, drafter_bits=drafter_bits, verifier=verifier,
+        target=target, drafter=drafter, drafter_bits=drafter_bits,
+        drafter_window=drafter_window, drafter_sinks=drafter_sinks, verifier=verifier,
         acceptance=acceptance,
         rollback=rollback, block_size=block_size, width=width, park=park, pipeline=pipeline,
         dtype=dtype, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed,

@@ -23,6 +23,8 @@ __all__ = [
     "BlockSizeOption",
     "DrafterBitsOption",
     "DrafterOption",
+    "DrafterSinksOption",
+    "DrafterWindowOption",
     "DtypeOption",
     "JsonOption",
     "KvBitsOption",
@@ -73,6 +75,22 @@ DrafterBitsOption = Annotated[
     typer.Option(
         metavar="4|8",
         help="Pack a DFlash drafter's weights to so many bits. Default: as the target computes.",
+        rich_help_panel=PARTS,
+    ),
+]
+DrafterWindowOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Last positions that a DFlash drafter's context keeps; 0 is all. Default: 4096.",
+        rich_help_panel=PARTS,
+    ),
+]
+DrafterSinksOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="S",
+        help="First positions that it keeps beside them. Default: 64.",
         rich_help_panel=PARTS,
     ),
 ]
@@ -201,7 +219,8 @@ class PipelineFlags:
 
     Attributes:
         target, drafter, verifier, acceptance, dtype: names as the builder takes them.
-        drafter_bits: option ``bits`` of the drafter.
+        drafter_bits, drafter_window, drafter_sinks: options ``bits``, ``window`` and ``sinks`` of
+            the drafter.
         rollback: ``NAME``, or ``KIND=NAME,KIND=NAME``.
         block_size: tokens a cycle verifies, the anchor included.
         width: a width policy, or draft tokens a cycle.
@@ -214,6 +233,8 @@ class PipelineFlags:
     target: str | None = None
     drafter: str | None = None
     drafter_bits: int | None = None
+    drafter_window: int | None = None
+    drafter_sinks: int | None = None
     verifier: str | None = None
     acceptance: str | None = None
     rollback: str | None = None
@@ -296,7 +317,8 @@ class PipelineFlags:
         return given
 
     def _drafter_options(self) -> dict[str, int]:
-        given = {"bits": self.drafter_bits}
+        names = ("bits", "window", "sinks")
+        given = {name: getattr(self, f"drafter_{name}") for name in names}
         return {name: value for name, value in given.items() if value is not None}
 
     def _sampling(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,16 @@ import mlx.core as mx
 from draftloom.checkpoint import DrafterDescription
 from draftloom.contracts import BindContext, ComponentInfo, TargetAdapter
 from draftloom.drafters.formats import StoredWeights, describe_checkpoint, fill
-from draftloom.errors import CheckpointWarning, ModelError
+from draftloom.errors import CheckpointWarning, ModelError, Problem
 from draftloom.model_info import ModelInfo
 
+from .context import ContextWindow
 from .model import DFlashModel
 from .packing import Packing
 
 __all__ = [
     "BlockContext",
+    "BlockOptions",
     "LoadedDrafter",
     "described",
     "load_drafter",
@@ -77,6 +79,54 @@ def with_taps(
     )
 
 
+@attrs.frozen
+class BlockOptions:
+    """How a checkpoint is run, as far as users choose it.
+
+    Attributes:
+        packing: how the weights are packed on load; None leaves them plain.
+        window: which committed positions the layers keep.
+    """
+
+    packing: Packing | None = None
+    window: ContextWindow = ContextWindow()
+
+    @classmethod
+    def of(
+        cls,
+        bits: int | None = None,
+        group_size: int | None = None,
+        window: int | None = None,
+        sinks: int | None = None,
+    ) -> BlockOptions:
+        """What the options of a drafter ask for; None is the default of each.
+
+        Args:
+            bits: 4 or 8 packs the weights.
+            group_size: weights that share a scale, with `bits`: 32, 64 or 128; None takes 64, or
+                32 where 64 does not divide every width.
+            window: the last positions that the context keeps; 0 keeps all.
+            sinks: the first positions that it keeps beside them.
+
+        Raises:
+            UsageError: a value out of its range, or one that means nothing beside the others.
+        """
+        return cls(Packing.of(bits, group_size), ContextWindow.of(window, sinks))
+
+    def describe(self, network: DFlashModel) -> str:
+        """What is done to this network, for people."""
+        packed = () if self.packing is None else (self.packing.describe(network),)
+        own = {layer.self_attn.window for layer in network.layers} - {None}
+        whole = any(layer.self_attn.window is None for layer in network.layers)
+        kept = (self.window.describe(),) if whole else ()
+        kept += tuple(f"sliding layers see the last {window}" for window in sorted(own))
+        return "; ".join((*packed, *kept))
+
+    def problems(self, network: DFlashModel, where: str) -> Iterable[Problem]:
+        """Why this network cannot be run so. Reads shapes only."""
+        return () if self.packing is None else self.packing.problems(network, where)
+
+
 @attrs.frozen(eq=False)
 class LoadedDrafter:
     """A checkpoint's network beside the target it drafts for.
@@ -89,6 +139,7 @@ class LoadedDrafter:
             where those are the same.
         feature_dtype: the type that the drafter saw features in when it was trained; None takes
             them as they come.
+        window: which committed positions the context keeps.
     """
 
     description: DrafterDescription
@@ -96,6 +147,7 @@ class LoadedDrafter:
     target: TargetAdapter
     target_ids: mx.array | None = None
     feature_dtype: mx.Dtype | None = None
+    window: ContextWindow = ContextWindow()
 
     def features(self, taps: mx.array) -> mx.array:
         """Taps [B, T, F] rounded as those of training, in the type that the network computes in."""
@@ -165,7 +217,7 @@ def load_drafter(
     description: DrafterDescription,
     context: BindContext,
     network: Any = DFlashModel,
-    packing: Packing | None = None,
+    options: BlockOptions | None = None,
 ) -> LoadedDrafter:
     """Load a checkpoint in the type that the target computes in, pack it if asked to, and say what
     of its config nobody read (`CheckpointWarning`).
@@ -174,7 +226,7 @@ def load_drafter(
         description: of the checkpoint.
         context: has the target.
         network: its class; see `load_network`.
-        packing: how its weights are packed; None leaves them plain.
+        options: how it is run; None is every default.
 
     Raises:
         ModelError: weights missing, corrupt, or not fitting the config; names the tensor.
@@ -192,9 +244,10 @@ def load_drafter(
     made = _filled(stored, description, dtype, network)
     target_ids = stored.target_ids
     del stored  # the plain weights go as they are packed
-    if packing is not None:
-        packing.apply(made)
-    return LoadedDrafter(description, made, context.target, target_ids, trained)
+    options = BlockOptions() if options is None else options
+    if options.packing is not None:
+        options.packing.apply(made)
+    return LoadedDrafter(description, made, context.target, target_ids, trained, options.window)
 
 
 class BlockContext:
@@ -207,7 +260,7 @@ class BlockContext:
 
     def __init__(self, loaded: LoadedDrafter) -> None:
         self._loaded = loaded
-        self._cache = loaded.network.make_cache()
+        self._cache = loaded.network.make_cache(loaded.window)
         self._pending: list[mx.array] = []
 
     def observe(self, committed: Sequence[Sequence[int]], features: mx.array | None) -> None:
@@ -223,7 +276,13 @@ class BlockContext:
         self._pending.append(features[:, : len(committed[0])])
         if sum(rows.shape[1] for rows in self._pending) > MAX_PENDING:
             self._extend()
-            mx.async_eval([(entry.keys, entry.values) for entry in self._cache])
+            mx.async_eval([entry.arrays for entry in self._cache])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, values and pending features."""
+        kept = sum(entry.nbytes for entry in self._cache)
+        return kept + sum(rows.nbytes for rows in self._pending)
 
     def _extend(self) -> None:
         """Append the pending features to the context."""

@@ -20,9 +20,15 @@ from draftloom.contracts import (
 from draftloom.errors import ModelError, Problem
 from draftloom.sampling import SamplingState
 
-from .block import BlockContext, LoadedDrafter, described, load_drafter, with_taps
+from .block import (
+    BlockContext,
+    BlockOptions,
+    LoadedDrafter,
+    described,
+    load_drafter,
+    with_taps,
+)
 from .model import DFlashModel
-from .packing import Packing
 
 __all__ = ["DFlashDrafter"]
 
@@ -36,9 +42,7 @@ class DFlashDrafter:
 
     Args:
         checkpoint: its description, or a folder of a built-in format.
-        bits: pack the weights to 4 or 8 bits when they are loaded; None keeps them plain.
-        group_size: weights that share a scale, with `bits`: 32, 64 or 128; None takes the first of
-            64, 32, 128 that divides the widths of this drafter.
+        bits, group_size, window, sinks: see `BlockOptions.of`.
 
     Attributes:
         description: of the checkpoint.
@@ -63,23 +67,19 @@ class DFlashDrafter:
         checkpoint: Path | DrafterDescription,
         bits: int | None = None,
         group_size: int | None = None,
+        window: int | None = None,
+        sinks: int | None = None,
     ) -> None:
-        self._packing = Packing.of(bits, group_size)
+        self._options = BlockOptions.of(bits, group_size, window, sinks)
         self.description = described(checkpoint, "dflash")
-        self.info = with_taps(type(self).info, self.description, self._details())
+        details = self._options.describe(DFlashModel(self.description))
+        self.info = with_taps(type(self).info, self.description, details)
         self._loaded: LoadedDrafter | None = None
-
-    def _details(self) -> str:
-        if self._packing is None:
-            return ""
-        return self._packing.describe(DFlashModel(self.description))
 
     def check(self, target: TargetInfo) -> Iterable[Problem]:
         """What of the checkpoint does not fit the target, or the options."""
         yield from self.description.problems(target)
-        if self._packing is not None:
-            network = DFlashModel(self.description)
-            yield from self._packing.problems(network, self.info.name)
+        yield from self._options.problems(DFlashModel(self.description), self.info.name)
 
     def bind(self, context: BindContext) -> None:
         """Load the weights, in the type that the target computes in, and pack them if asked to.
@@ -87,7 +87,7 @@ class DFlashDrafter:
         Raises:
             ModelError: weights missing, corrupt, or not fitting the config; names the tensor.
         """
-        self._loaded = load_drafter(self.description, context, packing=self._packing)
+        self._loaded = load_drafter(self.description, context, options=self._options)
 
     def open(self, request: DraftRequest) -> DFlashSession:
         """Begin a generation.

@@ -9,15 +9,17 @@ Source: arXiv 2602.06036, section 3; the public checkpoints.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import KVCache
 from mlx_lm.models.rope_utils import initialize_rope
 
 from draftloom.checkpoint import DrafterDescription, WindowRule
 from draftloom.device import on_cuda
+
+from .context import ContextCache, ContextWindow
 
 __all__ = ["DFlashModel"]
 
@@ -58,32 +60,36 @@ class _Attention(nn.Module):
         keys = self.rope(keys.transpose(0, 2, 1, 3), offset=position)
         return keys, self._split(self.v_proj(x), self.kv_heads)
 
-    def __call__(self, x: mx.array, cache: KVCache, position: int) -> mx.array:
-        """Block [B, T, D] at `position`, over the context in the cache and itself."""
+    @property
+    def reach(self) -> int | None:
+        """How many of the last context positions some slot sees; None is all."""
+        if self.window is None:
+            return None
+        return self.window if self.window_from_anchor else self.window - 1
+
+    def __call__(self, x: mx.array, cache: ContextCache) -> mx.array:
+        """Block [B, T, D] at the position after the context, over that context and itself."""
         rows, tokens, _ = x.shape
         queries = self.q_norm(self.q_proj(x).reshape(rows, tokens, self.heads, self.head_dim))
-        queries = self.rope(queries.transpose(0, 2, 1, 3), offset=position)
-        context = cache.offset
-        # The block's rows are written behind the context, used, and given up again.
-        keys, values = cache.update_and_fetch(*self.keys_values(x, position))
+        queries = self.rope(queries.transpose(0, 2, 1, 3), offset=cache.offset)
+        keys, values = cache.with_block(*self.keys_values(x, cache.offset))
         if on_cuda():  # its attention is planned for the number of keys: one for many cycles
-            keys, values = cache.keys, cache.values
-        cache.trim(tokens)
+            keys, values = cache.arrays
         output = mx.fast.scaled_dot_product_attention(
-            queries, keys, values, scale=self.scale, mask=self._mask(tokens, context, keys.shape[2])
+            queries, keys, values, scale=self.scale, mask=self._mask(tokens, cache, keys.shape[2])
         )
         return self.o_proj(output.transpose(0, 2, 1, 3).reshape(rows, tokens, -1))
 
-    def _mask(self, tokens: int, context: int, length: int) -> mx.array | None:
-        """Which keys [T, length] a query may see; None is all. Rows from context + T on are
-        allocated and not written."""
-        window, end = self.window, context + tokens
-        reach = context if self.window_from_anchor else end
-        if not self.causal and length == end and (window is None or reach <= window):
+    def _mask(self, tokens: int, cache: ContextCache, length: int) -> mx.array | None:
+        """Which of the first `length` rows a query may see: [T, length]; None is all."""
+        context, window = cache.offset, self.window
+        seen = context if self.window_from_anchor else context + tokens
+        in_window = window is None or seen - (context - cache.held) <= window
+        if not self.causal and length == cache.held + tokens and in_window:
             return None
         query = context + mx.arange(tokens)[:, None]
-        key = mx.arange(length)[None]
-        mask = mx.broadcast_to(key < end, (tokens, length))
+        key = cache.positions(tokens, length)[None]
+        mask = mx.broadcast_to(key < context + tokens, (tokens, length))
         if window is not None:
             oldest = context - window if self.window_from_anchor else query - window + 1
             mask = mask & ((key >= oldest) | (key >= context))
@@ -112,8 +118,8 @@ class _Layer(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def __call__(self, x: mx.array, cache: KVCache, position: int) -> mx.array:
-        h = x + self.self_attn(self.input_layernorm(x), cache, position)
+    def __call__(self, x: mx.array, cache: ContextCache) -> mx.array:
+        h = x + self.self_attn(self.input_layernorm(x), cache)
         return h + self.mlp(self.post_attention_layernorm(h))
 
 
@@ -141,21 +147,58 @@ class DFlashModel(nn.Module):
         self.layers = [_Layer(config, kind) for kind in config.layer_types]
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def make_cache(self) -> list[KVCache]:
-        """Empty context caches, one a layer."""
-        return [KVCache() for _ in self.layers]
+    def make_cache(self, window: ContextWindow | None = None) -> list[ContextCache]:
+        """Empty context caches, one a layer.
 
-    def extend(self, features: mx.array, cache: list[KVCache]) -> None:
-        """Append context rows for features [B, T, F] of committed tokens to the caches."""
-        context = self.hidden_norm(self.fc(features))
+        Args:
+            window: positions that are kept; None is the default window. A layer with a window of
+                its own keeps no more than that ever shows it.
+        """
+        window = ContextWindow() if window is None else window
+        layers: list[Any] = self.layers
+        return [window.cache(layer.self_attn.reach) for layer in layers]
+
+    def extend(self, features: mx.array, cache: list[ContextCache]) -> None:
+        """Append context rows for features [B, T, F] of committed tokens to the caches. What no
+        layer keeps is not projected."""
+        tokens = features.shape[1]
+        kept = _union(span for entry in cache for span in entry.spans(tokens))
+        rows = [features[:, start:stop] for start, stop in kept]
+        context = self.hidden_norm(self.fc(mx.concatenate(rows, axis=1))) if rows else None
         layer: Any
         for layer, entry in zip(self.layers, cache, strict=True):
-            keys, values = layer.self_attn.keys_values(context, entry.offset)
-            entry.update_and_fetch(keys, values)
+            for start, stop in entry.spans(tokens):
+                assert context is not None
+                row = _row_of(start, kept)
+                part = context[:, row : row + stop - start]
+                position = entry.offset + start
+                entry.put(position, *layer.self_attn.keys_values(part, position))
+            entry.advance(tokens)
 
-    def __call__(self, embeddings: mx.array, cache: list[KVCache]) -> mx.array:
+    def __call__(self, embeddings: mx.array, cache: list[ContextCache]) -> mx.array:
         """Normed hidden states [B, T, D] of a block's embeddings [B, T, D]."""
         h = embeddings
         for layer, entry in zip(self.layers, cache, strict=True):
-            h = layer(h, entry, entry.offset)
+            h = layer(h, entry)
         return self.norm(h)
+
+
+def _union(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Spans [start, stop) joined where they meet, in order."""
+    joined: list[tuple[int, int]] = []
+    for start, stop in sorted(spans):
+        if joined and start <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(stop, joined[-1][1]))
+        else:
+            joined.append((start, stop))
+    return joined
+
+
+def _row_of(position: int, spans: list[tuple[int, int]]) -> int:
+    """Where a position stands once the spans are put side by side."""
+    row = 0
+    for start, stop in spans:
+        if start <= position < stop:
+            return row + position - start
+        row += stop - start
+    raise ValueError(f"position {position} is in none of {spans}")

@@ -2,8 +2,8 @@
 
 The projections of attention and MLP take the bits asked for. `fc`, and any other matrix outside of
 those, takes 8: it is a small share of the bytes, and what it gives stands in the context of every
-layer for the whole text, while an error in a layer touches one block. Norms and tables that are
-looked up stay as they are: packing them would make no product cheaper.
+layer for the whole text, while an error in a layer touches one block. Norms, tables that are looked
+up and matrices of a few rows stay as they are: packing them would make no product cheaper.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ GROUP_SIZES = (64, 32, 128)
 """Group sizes that the kernels know; without one asked for, the first that fits every matrix."""
 
 OUTER_BITS = 8
+FEW_ROWS = 32
 
 
 @attrs.frozen
@@ -67,8 +68,9 @@ class Packing:
         return None
 
     def group_for(self, model: nn.Module) -> int | None:
-        """The group size that this network's matrices take; None where there is none."""
-        widths = {module.weight.shape[-1] for _, module in _matrices(model)}
+        """The group size that attention, MLP and `fc` of this network take; None where there is
+        none."""
+        widths = {module.weight.shape[-1] for path, module in _matrices(model) if _decides(path)}
         wanted = GROUP_SIZES if self.group_size is None else (self.group_size,)
         return next((g for g in wanted if all(w % g == 0 for w in widths)), None)
 
@@ -77,7 +79,7 @@ class Packing:
         if self.group_for(model) is not None:
             return
         sizes = (self.group_size,) if self.group_size else tuple(sorted(GROUP_SIZES))
-        found = ((path, module.weight.shape[-1]) for path, module in _matrices(model))
+        found = ((path, module.weight.shape[-1]) for path, module in _matrices(model) if _decides(path))
         # The largest size is a multiple of the smallest: what that divides, or nothing, decides.
         path, width = next((path, width) for path, width in found if width % min(sizes))
         groups = " or ".join(map(str, sizes))
@@ -96,7 +98,9 @@ class Packing:
         if group is None:
             raise UsageError(str(next(self.problems(model, "drafter"))))
         for path, module in list(_matrices(model)):
-            bits = self.bits if path.startswith("layers.") and _in_sublayer(path) else OUTER_BITS
+            if module.weight.shape[-1] % group:
+                continue
+            bits = self.bits if _in_sublayer(path) else OUTER_BITS
             packed = module.to_quantized(group_size=group, bits=bits)
             mx.eval(packed.parameters())
             tree: Any = tree_unflatten([(path, packed)])
@@ -111,8 +115,15 @@ class Packing:
 
 def _matrices(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     for path, module in sorted(model.named_modules()):
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and (
+            _decides(path) or module.weight.shape[0] >= FEW_ROWS
+        ):
             yield path, module
+
+
+def _decides(path: str) -> bool:
+    """Whether a drafter is refused where this matrix cannot be grouped."""
+    return path == "fc" or _in_sublayer(path)
 
 
 def _in_sublayer(path: str) -> bool:

@@ -26,7 +26,14 @@ class DFlashReference:
             counted from the anchor; `first_slot`, the slot that predicts the first draft token.
         weights: tensors by their z-lab names; `embed_tokens.weight` and `lm_head.weight` go before
             the target's.
+
+    Attributes:
+        window: the last context positions that are kept at all; 0 is all of them.
+        sinks: the first ones, which full layers keep beside those.
     """
+
+    window = 0
+    sinks = 0
 
     def __init__(self, config: dict[str, Any], weights: dict[str, np.ndarray]) -> None:
         self.config = {**config, **config.get("dflash_config", {})}
@@ -78,6 +85,10 @@ class DFlashReference:
                     visible[i, key] = context + i - key < self.config["sliding_window"]
                 else:
                     visible[i, key] = True
+                kept = not self.window or key >= context - self.window
+                if kind == "full_attention":
+                    kept = kept or key < self.sinks
+                visible[i, key] &= kept
         return visible
 
     def _attention(self, i: int, kind: str, x: np.ndarray, features: np.ndarray) -> np.ndarray:
