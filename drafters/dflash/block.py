@@ -89,7 +89,7 @@ class BlockOptions:
     """
 
     packing: Packing | None = None
-    window: ContextWindow = ContextWindow()
+    window: ContextWindow = attrs.Factory(ContextWindow)
 
     @classmethod
     def of(
@@ -115,12 +115,14 @@ class BlockOptions:
 
     def describe(self, network: DFlashModel) -> str:
         """What is done to this network, for people."""
-        packed = () if self.packing is None else (self.packing.describe(network),)
-        own = {layer.self_attn.window for layer in network.layers} - {None}
-        whole = any(layer.self_attn.window is None for layer in network.layers)
-        kept = (self.window.describe(),) if whole else ()
-        kept += tuple(f"sliding layers see the last {window}" for window in sorted(own))
-        return "; ".join((*packed, *kept))
+        parts = [] if self.packing is None else [self.packing.describe(network)]
+        windows: list[int | None] = [layer.self_attn.window for layer in network.layers]
+        if None in windows:
+            parts.append(self.window.describe())
+        own = sorted({window for window in windows if window is not None})
+        seen = [min(window, self.window.window or window) for window in own]
+        parts += [f"sliding layers see the last {window}" for window in seen]
+        return "; ".join(parts)
 
     def problems(self, network: DFlashModel, where: str) -> Iterable[Problem]:
         """Why this network cannot be run so. Reads shapes only."""
@@ -147,7 +149,7 @@ class LoadedDrafter:
     target: TargetAdapter
     target_ids: mx.array | None = None
     feature_dtype: mx.Dtype | None = None
-    window: ContextWindow = ContextWindow()
+    window: ContextWindow = attrs.Factory(ContextWindow)
 
     def features(self, taps: mx.array) -> mx.array:
         """Taps [B, T, F] rounded as those of training, in the type that the network computes in."""

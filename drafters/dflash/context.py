@@ -1,7 +1,7 @@
 """The context of a drafter: keys and values of committed positions, all of them or a window.
 
-A layer keeps the first few positions (sinks) and the last ones. The last ones lie in a ring: position
-p is in row S + (p - S) mod N, so that a new position takes the place of the one that is never seen
+A layer keeps the first few positions (sinks) and the last ones. Those lie in a ring: position p is
+in row S + (p - S) mod N, so that a new position takes the place of the one that is never seen
 again, and nothing is moved. Keys carry their absolute positions (they are rotated before they are
 stored), so that the order of the rows is of no matter to attention.
 """
@@ -81,7 +81,8 @@ class ContextWindow:
         """The window for people."""
         if not self.window:
             return "context of all positions"
-        return f"context of the first {self.sinks} and the last {self.window} positions"
+        sinks = f"the first {self.sinks} and " if self.sinks else ""
+        return f"context of {sinks}the last {self.window} positions"
 
 
 class ContextCache:
@@ -93,15 +94,14 @@ class ContextCache:
 
     Attributes:
         offset: committed positions so far, kept or not.
-        keys, values: [B, heads, rows, size], the buffers; None while empty. Rows past `held` are
-            free.
+        arrays: the buffers of keys and values, [B, heads, rows, size] each; none while empty. Rows
+            from `held` on are free.
     """
 
     def __init__(self, sinks: int = 0, window: int | None = None) -> None:
         self.sinks, self.window = sinks, window
         self.offset = 0
-        self.keys: mx.array | None = None
-        self.values: mx.array | None = None
+        self.arrays: list[mx.array] = []
 
     @property
     def limit(self) -> int | None:
@@ -114,14 +114,14 @@ class ContextCache:
         return self.offset if self.limit is None else min(self.offset, self.limit)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the buffers."""
-        return sum(0 if a is None else a.nbytes for a in (self.keys, self.values))
+    def rows(self) -> int:
+        """Rows that the buffers have."""
+        return self.arrays[0].shape[2] if self.arrays else 0
 
     @property
-    def arrays(self) -> list[mx.array]:
-        """The buffers, as far as there are any."""
-        return [a for a in (self.keys, self.values) if a is not None]
+    def nbytes(self) -> int:
+        """Bytes of the buffers."""
+        return sum(buffer.nbytes for buffer in self.arrays)
 
     def spans(self, tokens: int) -> list[tuple[int, int]]:
         """Which of the next `tokens` positions will be kept: [start, stop) counted from the first
@@ -153,8 +153,8 @@ class ContextCache:
         end = self.held + keys.shape[2]
         self._room(end, keys, values)
         self._write(self.held, keys, values)
-        assert self.keys is not None and self.values is not None
-        return self.keys[..., :end, :], self.values[..., :end, :]
+        stored_keys, stored_values = self.arrays
+        return stored_keys[..., :end, :], stored_values[..., :end, :]
 
     def positions(self, tokens: int, length: int) -> mx.array:
         """Absolute positions [length] int32 of the first rows while a block of `tokens` stands
@@ -182,25 +182,20 @@ class ContextCache:
             yield position, row, count
             position += count
 
-    def _write(self, row: int, keys: mx.array, values: mx.array) -> None:
-        assert self.keys is not None and self.values is not None
-        rows = slice(row, row + keys.shape[2])
-        self.keys[..., rows, :] = keys
-        self.values[..., rows, :] = values
+    def _write(self, row: int, *pair: mx.array) -> None:
+        for buffer, rows in zip(self.arrays, pair, strict=True):
+            buffer[..., row : row + rows.shape[2], :] = rows
 
-    def _room(self, rows: int, keys: mx.array, values: mx.array) -> None:
+    def _room(self, rows: int, *pair: mx.array) -> None:
         """Make the buffers at least so long: by steps, up to the most that will ever be needed."""
-        have = 0 if self.keys is None else self.keys.shape[2]
-        if rows <= have:
+        if rows <= self.rows:
             return
         wanted = -(-rows // STEP) * STEP
         if self.limit is not None:
             wanted = max(rows, min(wanted, self.limit))
-        self.keys = _longer(self.keys, keys, wanted)
-        self.values = _longer(self.values, values, wanted)
-
-
-def _longer(buffer: mx.array | None, like: mx.array, rows: int) -> mx.array:
-    have = 0 if buffer is None else buffer.shape[2]
-    free = mx.zeros((*like.shape[:2], rows - have, like.shape[3]), dtype=like.dtype)
-    return free if buffer is None else mx.concatenate([buffer, free], axis=2)
+        shapes = [(*like.shape[:2], wanted - self.rows, like.shape[3]) for like in pair]
+        free = [mx.zeros(shape, dtype=pair[0].dtype) for shape in shapes]
+        if self.arrays:
+            both = zip(self.arrays, free, strict=True)
+            free = [mx.concatenate([*parts], axis=2) for parts in both]
+        self.arrays = free

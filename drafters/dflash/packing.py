@@ -79,9 +79,12 @@ class Packing:
         if self.group_for(model) is not None:
             return
         sizes = (self.group_size,) if self.group_size else tuple(sorted(GROUP_SIZES))
-        found = ((path, module.weight.shape[-1]) for path, module in _matrices(model) if _decides(path))
-        # The largest size is a multiple of the smallest: what that divides, or nothing, decides.
-        path, width = next((path, width) for path, width in found if width % min(sizes))
+        # The other sizes are multiples of the smallest: where that divides all, there is a size.
+        path, width = next(
+            (path, module.weight.shape[-1])
+            for path, module in _matrices(model)
+            if _decides(path) and module.weight.shape[-1] % min(sizes)
+        )
         groups = " or ".join(map(str, sizes))
         message = f"cannot be packed to {self.bits} bits: {path} is {width} wide, no multiple of"
         hint = "leave drafter bits out" if self.group_size is None else "try another group size"
@@ -115,9 +118,7 @@ class Packing:
 
 def _matrices(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     for path, module in sorted(model.named_modules()):
-        if isinstance(module, nn.Linear) and (
-            _decides(path) or module.weight.shape[0] >= FEW_ROWS
-        ):
+        if isinstance(module, nn.Linear) and (_decides(path) or module.weight.shape[0] >= FEW_ROWS):
             yield path, module
 
 

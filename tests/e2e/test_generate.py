@@ -125,6 +125,14 @@ def test_a_packed_drafter_changes_no_token(cli: Callable[..., Any]) -> None:
     assert not packed["fell_back"]
 
 
+def test_a_small_drafter_window_changes_no_token(cli: Callable[..., Any]) -> None:
+    options = ("generate", "def add(a, b):", "--max-tokens", 12, "--json")
+    plain = cli(*options).json
+    windowed = cli(*options, "--drafter-window", 3, "--drafter-sinks", 1).json
+    assert windowed["token_ids"] == plain["token_ids"]
+    assert not windowed["fell_back"]
+
+
 def test_stop_strings(cli: Callable[..., Any], tiny: Path) -> None:
     options = ("generate", PROMPT, "--target", tiny, *LOOKUP, "--max-tokens", 40, "--json")
     whole = cli(*options).json

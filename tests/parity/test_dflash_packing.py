@@ -161,7 +161,7 @@ def test_features_of_a_narrower_target_do_not_widen_the_context(name: str, tmp_p
     session = opened(folder, target)[1]
     session.observe(([0] * 5,), mx.array(features(1, 5)).astype(narrow))
     mx.eval(session.propose(mx.array([4], dtype=mx.int32), 3, SAMPLING).tokens)
-    assert {entry.keys.dtype for entry in session._context._cache} == {narrow}
+    assert {entry.arrays[0].dtype for entry in session._context._cache} == {narrow}
 
 
 def test_features_beyond_float16_do_not_become_infinite(tmp_path: Path) -> None:
