@@ -325,7 +325,11 @@ def _run(request: Any, plugins: Any) -> None:
     from draftloom.apps.train.loop import Trainer
 
     with fallback_on_stderr(), Screen() as screen:
-        trainer = Trainer(request, plugins, screen.show)
+        try:
+            trainer = Trainer(request, plugins, screen.show)
+        except KeyboardInterrupt:
+            say_note("stopped; whole shards of features and responses are kept for the next time")
+            raise typer.Exit(130) from None
         try:
             with _interruptions() as pressed:
                 finished = trainer.run(lambda: bool(pressed))

@@ -107,6 +107,13 @@ class Trainer:
                 f"adapter {target.info.adapter} has no taps for {target.info.model_type}",
             )
         if request.init is not None:
+            asked = attrs.asdict(request.design, filter=lambda _, value: value is not None)
+            if asked:
+                raise UsageError(
+                    f"a drafter to start from has its own shape: {', '.join(asked)} cannot be "
+                    "asked for",
+                    "leave these out, or train a new drafter without init",
+                )
             self.drafter = load_init(request.init, target.info)
         else:
             self.drafter = design_drafter(

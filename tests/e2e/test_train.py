@@ -70,7 +70,10 @@ def test_acceptance_rises_and_generate_takes_the_drafter(
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="no SIGINT")
-def test_ctrl_c_saves_and_says_how_to_go_on(program: str, toy: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_and_says_how_to_go_on(
+    program: str, toy: Path, tmp_path: Path, number: signal.Signals
+) -> None:
     out = tmp_path / "drafter"
     command = [program, *map(str, options(toy, out)), "--steps", "5000", "--log-every", "1"]
     running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -80,7 +83,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(program: str, toy: Path, tmp_path: P
             assert running.poll() is None
             assert time.monotonic() - begin < 120
             time.sleep(0.05)
-        running.send_signal(signal.SIGINT)
+        running.send_signal(number)
         _, err = running.communicate(timeout=120)
     finally:
         running.kill()
@@ -133,6 +136,32 @@ def test_target_writes_first(process: Callable[..., Any], toy: Path, tmp_path: P
     assert losses(tmp_path / "again") == losses(out)
     data = process(*options(toy, tmp_path / "data"), "--data", kept, "--steps", 2)
     assert data.code == 0, data.err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="no SIGINT")
+def test_ctrl_c_while_the_target_writes_keeps_whole_shards(
+    program: str, toy: Path, tmp_path: Path
+) -> None:
+    out, kept = tmp_path / "drafter", tmp_path / "responses"
+    given = ["--regenerate", "--responses", kept, "--response-tokens", 40, "--prompt-tokens", 4,
+             "--response-batch", 1]  # fmt: skip
+    command = [program, *map(str, [*options(toy, out), *given])]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        begin = time.monotonic()
+        while not list(kept.glob("*.jsonl")):
+            assert running.poll() is None
+            assert time.monotonic() - begin < 120
+            time.sleep(0.05)
+        running.send_signal(signal.SIGINT)
+        _, err = running.communicate(timeout=120)
+    finally:
+        running.kill()
+    assert running.returncode == 130, err
+    assert "whole shards of features and responses are kept" in err
+    assert "Traceback" not in err
+    assert not (out / "config.json").exists()
 
 
 def test_mistakes_are_one_line(cli: Callable[..., Any], toy: Path, tmp_path: Path) -> None:

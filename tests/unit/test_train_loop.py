@@ -49,7 +49,7 @@ def request_for(toy: Path, out: Path, **changes: Any) -> TrainRequest:
         data=(toy / "texts.jsonl",),
         out=out,
         settings=settings,
-        design=DrafterDesign(block_size=4, layers=1),
+        design=DrafterDesign() if "init" in changes else DrafterDesign(block_size=4, layers=1),
         **{k: v for k, v in changes.items() if k not in names},
     )
 
@@ -200,6 +200,14 @@ def test_run_starts_from_another_drafter(
         trainer.close()
     model = "model.safetensors"
     assert (tmp_path / "out" / model).read_bytes() == (whole / model).read_bytes()
+
+
+def test_init_with_another_shape_is_refused(
+    toy: Path, plugins: PluginManager, whole: Path, tmp_path: Path
+) -> None:
+    request = request_for(toy, tmp_path / "out", init=whole)
+    with pytest.raises(UsageError, match="own shape: layers, heads cannot be asked for"):
+        Trainer(attrs.evolve(request, design=DrafterDesign(layers=1, heads=2)), plugins)
 
 
 def test_init_of_another_target_is_refused(
