@@ -118,6 +118,8 @@ class DrafterDescription:
         tap_layers: target layers whose outputs are the features (z-lab's numbers, from 0).
         num_target_layers: of the target it was trained for; None is not said.
         embedding_scale: factor on the target's embeddings.
+        scales_table: whether it is meant for the rows of the target's table. A target may have a
+            factor of its own (Gemma); without this the two are multiplied.
         output_multiplier: factor on the hidden states before the head.
         softcap: c of c * tanh(logits / c); None is off.
         quantization: of stored weights, as mlx-lm writes it; None is plain.
@@ -156,6 +158,7 @@ class DrafterDescription:
     first_slot: int = 1
     num_target_layers: int | None = None
     embedding_scale: float = 1.0
+    scales_table: bool = False
     output_multiplier: float = 1.0
     softcap: float | None = None
     quantization: Mapping[str, Any] | None = None

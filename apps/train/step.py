@@ -12,7 +12,7 @@ from mlx.utils import tree_map
 
 from draftloom.checkpoint import DrafterDescription
 from draftloom.contracts import TargetAdapter
-from draftloom.drafters.dflash.model import DFlashModel
+from draftloom.drafters.dflash import DFlashModel, embedding_factor
 
 from .mask import block_mask
 from .settings import TrainSettings, default_gamma
@@ -201,7 +201,9 @@ class DrafterLoss:
         target: TargetAdapter,
         settings: TrainSettings,
     ) -> None:
-        self._model, self._config, self._target = model, config, target
+        self._model, self._target = model, target
+        factor = embedding_factor(config, target)  # measured here: nothing is read in a step
+        self._config = attrs.evolve(config, embedding_scale=factor, scales_table=False)
         self._settings = settings
         self._dtype = getattr(mx, settings.compute)
 

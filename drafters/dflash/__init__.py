@@ -1,6 +1,6 @@
 """DFlash: a block-diffusion drafter that reads the target's hidden states."""
 
-from .block import BlockContext, LoadedDrafter, load_drafter, load_network
+from .block import BlockContext, LoadedDrafter, embedding_factor, load_drafter, load_network
 from .drafter import DFlashDrafter
 from .model import DFlashModel
 
@@ -9,6 +9,7 @@ __all__ = [
     "DFlashDrafter",
     "DFlashModel",
     "LoadedDrafter",
+    "embedding_factor",
     "load_drafter",
     "load_network",
 ]

@@ -9,6 +9,7 @@ from typing import Any
 
 import attrs
 import mlx.core as mx
+import mlx.nn as nn
 
 from draftloom.checkpoint import DrafterDescription
 from draftloom.contracts import BindContext, ComponentInfo, TargetAdapter
@@ -25,11 +26,14 @@ __all__ = [
     "BlockOptions",
     "LoadedDrafter",
     "described",
+    "embedding_factor",
     "load_drafter",
     "load_network",
     "with_taps",
 ]
 
+SAME_SCALE = 0.02
+"""How far apart two factors may be by rounding alone: a model's own is rounded to its type."""
 MAX_PENDING = 512
 """Rows of features kept unprojected at most."""
 
@@ -142,6 +146,7 @@ class LoadedDrafter:
         feature_dtype: the type that the drafter saw features in when it was trained; None takes
             them as they come.
         window: which committed positions the context keeps.
+        embedding_factor: on what the target's embedding gives.
     """
 
     description: DrafterDescription
@@ -150,6 +155,7 @@ class LoadedDrafter:
     target_ids: mx.array | None = None
     feature_dtype: mx.Dtype | None = None
     window: ContextWindow = attrs.Factory(ContextWindow)
+    embedding_factor: float = 1.0
 
     def features(self, taps: mx.array) -> mx.array:
         """Taps [B, T, F] rounded as those of training, in the type that the network computes in."""
@@ -163,9 +169,12 @@ class LoadedDrafter:
 
     def embed(self, tokens: mx.array) -> mx.array:
         """Embeddings [B, T, D] of the target's tokens [B, T], scaled."""
-        own = "embed_tokens" in self.network
-        found: mx.array = self.network.embed_tokens(tokens) if own else self.target.embed(tokens)
-        scale = self.description.embedding_scale
+        scale = self.embedding_factor
+        if "embed_tokens" in self.network:
+            found: mx.array = self.network.embed_tokens(tokens)
+            scale = self.description.embedding_scale
+        else:
+            found = self.target.embed(tokens)
         return found if scale == 1.0 else found * scale
 
     def logits(self, hidden: mx.array) -> mx.array:
@@ -186,6 +195,41 @@ class LoadedDrafter:
     def to_target(self, tokens: mx.array) -> mx.array:
         """The target's ids int32 of tokens of the draft vocabulary."""
         return tokens.astype(mx.int32) if self.target_ids is None else self.target_ids[tokens]
+
+
+def embedding_factor(description: DrafterDescription, target: TargetAdapter) -> float:
+    """What the target's embeddings are multiplied by for a drafter.
+
+    A scale that is meant for the rows of the table takes the target's own factor on them into
+    account: it is not applied twice.
+    """
+    scale = description.embedding_scale
+    if not description.scales_table:
+        return scale
+    factor = scale / _own_scale(target)
+    return 1.0 if abs(factor - 1) < SAME_SCALE else factor
+
+
+def _own_scale(target: TargetAdapter) -> float:
+    """The factor between the target's embeddings and the rows of its table, measured on a few;
+    1 where the one is no multiple of the other."""
+    model: Any = getattr(target, "model", None)
+    if not isinstance(model, nn.Module):
+        return 1.0
+    tokens = mx.arange(min(8, target.info.vocab_size))[None]
+    full = target.embed(tokens).astype(mx.float32)
+    for _, module in model.named_modules():
+        if not isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
+            continue
+        rows = module(tokens).astype(mx.float32)
+        if rows.shape != full.shape:  # another table, as of per-layer inputs
+            continue
+        scale = (full * rows).sum() / (rows * rows).sum()
+        rest = mx.abs(full - scale * rows).max() / mx.abs(full).max()
+        found, error = float(scale), float(rest)
+        if found > 0 and error < SAME_SCALE:
+            return found
+    return 1.0
 
 
 def load_network(
@@ -249,7 +293,10 @@ def load_drafter(
     options = BlockOptions() if options is None else options
     if options.packing is not None:
         options.packing.apply(made)
-    return LoadedDrafter(description, made, context.target, target_ids, trained, options.window)
+    factor = embedding_factor(description, context.target)
+    return LoadedDrafter(
+        description, made, context.target, target_ids, trained, options.window, factor
+    )
 
 
 class BlockContext:

@@ -189,6 +189,7 @@ class ConfigReader:
             "mask_token_id": self.whole("mask_token_id"),
             "num_target_layers": self.maybe_whole("num_target_layers"),
             "embedding_scale": self.number("input_embedding_scale", 1.0) or 1.0,
+            "scales_table": self.get("input_embedding_scale") is not None,
             "output_multiplier": self.number("output_multiplier", 1.0) or 1.0,
             "softcap": None if softcap is None else self.number("final_logit_softcapping", 0.0),
             "quantization": self._quantization(),

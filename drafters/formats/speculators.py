@@ -61,6 +61,7 @@ def read(model: ModelInfo) -> DrafterDescription | None:
     for key in BOOKKEEPING:
         reader.get(key)
     fields = reader.network()
+    fields["scales_table"] = True  # its embedding is the table alone, whatever the target
     fields["tap_layers"] = _taps(reader)
     fields["is_causal"] = _causal(reader, fields["layer_types"], kind)
     reduced = reader.whole("draft_vocab_size", 32000, least=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -52,9 +53,7 @@ class StoredWeights:
         self.target_ids = self._vocabulary()
 
     def _load(self) -> dict[str, mx.array]:
-        files = sorted(self.folder.glob("model*.safetensors"))
-        if not files:
-            raise ModelError(f"{self.folder} has no model.safetensors", "is the download complete?")
+        files = self._shards()
         stored: dict[str, mx.array] = {}
         ignored = self._description.ignored_tensors
         for file in files:
@@ -66,6 +65,24 @@ class StoredWeights:
                 if not any(fnmatchcase(name, pattern) for pattern in ignored):
                     stored[name], self._files[name] = value, file
         return stored
+
+    def _shards(self) -> list[Path]:
+        """The files of the weights: those that an index names, where there is one."""
+        index = self.folder / "model.safetensors.index.json"
+        if not index.is_file():
+            files = sorted(self.folder.glob("model*.safetensors"))
+            if not files:
+                message = f"{self.folder} has no model.safetensors"
+                raise ModelError(message, "is the download complete?")
+            return files
+        try:
+            names = sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{index} cannot be read: {error!r}", "download it again") from error
+        missing = [name for name in names if not (self.folder / name).is_file()]
+        if missing:
+            raise ModelError(f"{index} names {missing[0]}, which is not there", AGAIN)
+        return [self.folder / name for name in names]
 
     def refuse(self, error: Exception | str) -> ModelError:
         """An error that names the folder."""
@@ -130,7 +147,8 @@ class StoredWeights:
                 "d2t holds target id minus draft id",
             )
         if len({*ids}) != len(ids):
-            twice = next(t for i, t in enumerate(ids) if t in ids[:i])
+            seen: set[int] = set()
+            twice = next(t for t in ids if t in seen or seen.add(t))  # type: ignore[func-returns-value]
             raise ModelError(
                 f"{where}: d2t maps two draft tokens to {twice}", "d2t holds target id - draft id"
             )

@@ -21,7 +21,7 @@ from draftloom.model_info import ModelInfo
 from draftloom.pipeline import GenerateOptions
 from draftloom.plugins import PluginManager
 from draftloom.sampling import SamplingParams, SamplingState
-from tests.support import models, pipelines
+from tests.support import families_more, models, pipelines
 from tests.support.checkpoints import Golden, write
 from tests.support.dflash_numpy import DSparkReference
 from tests.support.oracle import greedy_trace
@@ -220,6 +220,31 @@ def test_the_cut_is_where_the_product_of_confidences_falls(
         assert len(tokens) == width, "the cut is lazy"
         lengths.add(kept)
     assert len(lengths) > 2, "the cut is always the same"
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "gemma4_text", "qwen3"])
+@pytest.mark.parametrize("form", ["z-lab-new", "speculators", "dspark"])
+def test_a_targets_own_embedding_factor_is_not_applied_twice(
+    form: str, family: str, tmp_path: Path
+) -> None:
+    """Gemma multiplies its table by sqrt(D) itself. The scale of a z-lab file is meant for the
+    table, speculators takes the table alone; without a key it is what the first layer gets."""
+    gemma = family.startswith("gemma")
+    model = families_more.new_model(families_more.MORE[family]) if gemma else models.build(family)
+    target = pipelines.adapt(model)
+    hidden, vocab = target.info.hidden_size, target.info.vocab_size
+    own = hidden**0.5 if gemma else 1.0
+    given = {"z-lab-new": hidden**0.5, "speculators": 1.0, "dspark": 1.0}[form]
+    wanted = own if form == "dspark" else given
+    markov = {"markov": "vanilla", "first_slot": 0} if form == "dspark" else {}
+    golden = Golden(hidden=hidden, vocab=vocab, taps=(0, 1), scale=given, **markov)  # type: ignore[arg-type]
+    drafter, _ = opened(write(tmp_path, form, golden), target, SamplingState(GREEDY))
+    tokens = mx.array([[1, 5, 7]])
+    (table,) = (m for n, m in model.named_modules() if n.endswith("embed_tokens"))
+    rows = np.array(table(tokens)) * wanted
+    found = np.array(drafter._loaded.embed(tokens))
+    assert np.abs(found - rows).max() < 0.02 * np.abs(rows).max()
+    target.close()
 
 
 # --- whole generations ------------------------------------------------------------------------

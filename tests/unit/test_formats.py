@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -354,6 +355,36 @@ def test_tensors_that_do_not_fit_are_named(
         assert words in str(caught.value)
     assert str(folder) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def sharded(folder: Path) -> Path:
+    """The weights in two files, with an index."""
+    tensors = dict(mx.load(str(folder / "model.safetensors")))
+    mx.eval(tensors)
+    (folder / "model.safetensors").unlink()
+    names = {name: f"model-{i % 2 + 1}-of-2.safetensors" for i, name in enumerate(tensors)}
+    for file in {*names.values()}:
+        part = {name: value for name, value in tensors.items() if names[name] == file}
+        mx.save_safetensors(str(folder / file), part)
+    text = json.dumps({"weight_map": names})
+    (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    return folder
+
+
+def test_weights_in_several_files(tmp_path: Path) -> None:
+    folder = sharded(write(tmp_path, "speculators", REDUCED))
+    build(folder).close()
+    second = folder / "model-2-of-2.safetensors"
+    whole = second.read_bytes()
+    second.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        build(folder)
+    second.unlink()
+    with pytest.raises(ModelError, match=r"index\.json names model-2-of-2\.safetensors, which is"):
+        build(folder)
+    (folder / "model.safetensors.index.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ModelError, match=r"index\.json cannot be read"):
+        build(folder)
 
 
 def test_a_pipeline_file_names_the_threshold(tmp_path: Path) -> None:
