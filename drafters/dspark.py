@@ -157,10 +157,10 @@ class DSparkDrafter:
         self._loaded: LoadedDrafter | None = None
 
     def _details(self) -> str:
-        details = self._options.describe(DSparkModel(self.description))
+        parts = [self._options.describe(DSparkModel(self.description))]
         if self._threshold:
-            details += f"; drafts end where confidence falls below {self._threshold:g}"
-        return details
+            parts.append(f"drafts end where confidence falls below {self._threshold:g}")
+        return "; ".join(part for part in parts if part)
 
     def check(self, target: TargetInfo) -> Iterable[Problem]:
         """What of the checkpoint does not fit the target, or the options."""
