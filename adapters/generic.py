@@ -19,7 +19,7 @@ from draftloom.model_info import ModelInfo
 from .parts import Parts, why_no_taps
 from .whole import WholeModelAdapter, describe_whole
 
-__all__ = ["REFUSED", "GenericAdapter"]
+__all__ = ["REFUSED", "GenericAdapter", "why_no_generic_taps"]
 
 REFUSED = {
     "dbrx": "its forward reads values on the host in every layer, so that it cannot be looked at "
@@ -52,10 +52,11 @@ class GenericAdapter(WholeModelAdapter):
                 f"model type {model.model_type!r} of {model.name} cannot be served: {reason}",
                 "docs/how-to/write-an-adapter.md shows how to serve it; asked: generic",
             )
-        return describe_whole(model, "generic", _why_no_taps)
+        return describe_whole(model, "generic", why_no_generic_taps)
 
 
-def _why_no_taps(skeleton: nn.Module, parts: Parts | None, hidden_size: int) -> str:
+def why_no_generic_taps(skeleton: nn.Module, parts: Parts | None, hidden_size: int) -> str:
+    """As `why_no_taps`; embeddings that depend on more than the token are refused too."""
     if parts is not None:
         tables = [m for m in parts.owners[-1].children().values() if isinstance(m, nn.Embedding)]
         if len(tables) != 1:

@@ -19,9 +19,10 @@ __all__ = [
 
 @hookimpl
 def register_target_adapters(register: Register) -> None:
-    """qwen3-5 (hybrids), attention; generic is asked last."""
+    """qwen3-5 and recurrent (hybrids), attention; generic is asked last."""
     register("qwen3-5", "draftloom.adapters.qwen3_5:HybridAdapter")
     register("attention", "draftloom.adapters.attention:AttentionAdapter")
+    register("recurrent", "draftloom.adapters.hybrids:RecurrentAdapter")
     register("generic", "draftloom.adapters.generic:GenericAdapter")
 
 

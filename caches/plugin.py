@@ -25,6 +25,6 @@ def resolve_cache_rollback(cache_kind: CacheKind, target: TargetInfo) -> str | N
         return "trim"
     if cache_kind == CacheKind.SLIDING_WINDOW:
         return "sliding-window"
-    if cache_kind == CacheKind.GATED_DELTA and cache_kind in target.tape_kinds:
+    if cache_kind in target.tape_kinds:
         return "tape-replay"
     return "snapshot"

@@ -26,25 +26,26 @@ class RecordingEntry:
     Attributes:
         slots: the working slots, as the cache's `cache` list.
         tapes: what the layer recorded, one item a pass, in order.
-        windows: input of the short convolution of each pass, [B, W + T, C]: the W values before
-            the pass and the T of the pass.
+        windows: inputs of the short convolutions of each pass, [B, W + T, C] each: the W values
+            before the pass and the T of the pass.
     """
 
     def __init__(self, entry: Any) -> None:
         self._entry = entry
         self.slots: list[Any] = list(entry.cache)
         self.tapes: list[Any] = []
-        self.windows: list[mx.array] = []
+        self.windows: list[tuple[mx.array, ...]] = []
 
-    def record(self, tape: Any, window: mx.array) -> None:
+    def record(self, tape: Any, *windows: mx.array) -> None:
         """Keep what one pass did to the state.
 
         Args:
-            tape: per-token updates, of a kind that the rollback of this layer can replay.
-            window: [B, W + T, C].
+            tape: per-token updates, of a kind that the rollback of this layer can replay; None for
+                a layer that has a convolution and no state.
+            *windows: [B, W + T, C], one a convolution, in the order of their slots.
         """
         self.tapes.append(tape)
-        self.windows.append(window)
+        self.windows.append(windows)
 
     def __getitem__(self, index: int) -> Any:
         return self.slots[index]

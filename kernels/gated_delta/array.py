@@ -18,7 +18,8 @@ __all__ = ["prefill", "replay", "verify"]
 
 
 def _decay(state: mx.array, g: mx.array) -> mx.array:
-    return state * g[..., None, None]
+    """Of a head [B, Hv], or of each of its key channels [B, Hv, Dk]."""
+    return state * (g[..., None, None] if g.ndim == 2 else g[..., None, :])
 
 
 def _write(state: mx.array, k: mx.array, delta: mx.array) -> mx.array:
@@ -50,7 +51,7 @@ def verify(
         q: [B, T, Hk, Dk] scaled, normalised queries.
         k: [B, T, Hk, Dk] normalised keys.
         v: [B, T, Hv, Dv] values.
-        g: [B, T, Hv] decays.
+        g: [B, T, Hv] decays, or [B, T, Hv, Dk] with one for each key channel (Kimi Linear).
         beta: [B, T, Hv] write strengths.
         state: [B, Hv, Dv, Dk] float32, left as it is.
         mask: [B, T] bool or None; a token with False leaves the state alone, and its row of y means
@@ -76,7 +77,7 @@ def verify(
     delta = mx.stack(deltas, axis=1).astype(mx.float32)
     if mask is not None:
         delta = mx.where(mask[:, :, None, None], delta, 0.0)
-        g = mx.where(mask[:, :, None], g, mx.array(1, g.dtype))
+        g = mx.where(mask.reshape(*mask.shape, *[1] * (g.ndim - 2)), g, mx.array(1, g.dtype))
         k = mx.where(mask[:, :, None, None], k, mx.array(0, k.dtype))
     return mx.stack(outputs, axis=1), Tape(delta=delta, k=k, g=g), state
 

@@ -26,6 +26,8 @@ def supports(request: Request) -> str | None:
     """None if the chunked rule can serve the request, else the reason why not."""
     if request.operation == "replay":
         return "the chunked rule has no replay of its own: use the array path's"
+    if request.vector_gate:
+        return "a decay for every key channel: the chunked rule takes one a head"
     if request.value_heads % request.key_heads:
         return f"Hv = {request.value_heads} is not a multiple of Hk = {request.key_heads}"
     return None

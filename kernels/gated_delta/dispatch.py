@@ -80,7 +80,8 @@ def choose(request: Request, use: str | None = None) -> Choice:
         if reason is None:
             return _logged(request, Choice(name, "it supports this shape here", tuple(rejected)))
         rejected.append((name, reason))
-    if request.device == "gpu" and request.operation == "prefill" and request.tokens >= _LONG:
+    long = request.operation == "prefill" and request.tokens >= _LONG and not request.vector_gate
+    if request.device == "gpu" and long:
         reason = f"no kernel serves this shape, and T >= {_LONG}"
         return _logged(request, Choice("chunked", reason, tuple(rejected)))
     if request.device == "cpu":
@@ -115,7 +116,7 @@ def _logged(request: Request, choice: Choice) -> Choice:
     return choice
 
 
-def _request(operation: str, k: mx.array, value: mx.array, dtype: mx.Dtype) -> Request:
+def _request(operation: str, k: mx.array, value: mx.array, g: mx.array, dtype: mx.Dtype) -> Request:
     device = "gpu" if mx.default_device() == mx.Device(mx.gpu) else "cpu"
     return Request(
         operation=operation,
@@ -127,6 +128,7 @@ def _request(operation: str, k: mx.array, value: mx.array, dtype: mx.Dtype) -> R
         key_size=k.shape[3],
         value_size=value.shape[3],
         device=device,
+        vector_gate=g.ndim == 4,
     )
 
 
@@ -139,8 +141,9 @@ def _check(
         raise ValueError(f"state is {state.dtype} {state.shape}; float32 {expected} is needed")
     if q.shape != k.shape or k.shape[:2] != (rows, tokens):
         raise ValueError(f"q {q.shape} and k {k.shape} do not fit v {v.shape}")
-    if g.shape != (rows, tokens, heads) or beta.shape != g.shape:
-        raise ValueError(f"g {g.shape} and beta {beta.shape} must be {(rows, tokens, heads)}")
+    expected = (rows, tokens, heads)
+    if g.shape not in (expected, (*expected, k.shape[3])) or beta.shape != expected:
+        raise ValueError(f"g {g.shape} and beta {beta.shape} must be {expected}")
 
 
 def _launcher(name: str) -> Launcher:
@@ -165,7 +168,7 @@ def verify(
         q: [B, T, Hk, Dk] queries, normalised and scaled.
         k: [B, T, Hk, Dk] normalised keys.
         v: [B, T, Hv, Dv] values; Hv is a multiple of Hk.
-        g: [B, T, Hv] decays, 0..1.
+        g: [B, T, Hv] decays, 0..1; or [B, T, Hv, Dk], one a key channel (array code only).
         beta: [B, T, Hv] write strengths.
         state: [B, Hv, Dv, Dk] float32; not changed.
         mask: [B, T] bool, or None; a token with False changes no state, and its row of y means
@@ -181,7 +184,7 @@ def verify(
         ValueError: on shapes that do not fit, or an implementation that does not serve them.
     """
     _check(q, k, v, g, beta, state)
-    name = choose(_request("verify", k, v, v.dtype), use).name
+    name = choose(_request("verify", k, v, g, v.dtype), use).name
     if name in ("metal", "cuda"):
         return _launcher(name).verify(q, k, v, g, beta, state, mask, write_state=write_state)
     run = array.verify if name == "array" else chunked.verify
@@ -210,7 +213,7 @@ def replay(state: mx.array, tape: Tape, n: int | mx.array, *, use: str | None = 
     """
     if isinstance(n, int) and not 0 <= n <= tape.length:
         raise ValueError(f"cannot replay {n} entries of a tape of {tape.length}")
-    name = choose(_request("replay", tape.k, tape.delta, tape.k.dtype), use).name
+    name = choose(_request("replay", tape.k, tape.delta, tape.g, tape.k.dtype), use).name
     if name in ("metal", "cuda"):
         return _launcher(name).replay(state, tape, n)
     return array.replay(state, tape, n)
@@ -235,7 +238,7 @@ def prefill(
         y [B, T, Hv, Dv] in q's dtype and the state after T tokens.
     """
     _check(q, k, v, g, beta, state)
-    name = choose(_request("prefill", k, v, v.dtype), use).name
+    name = choose(_request("prefill", k, v, g, v.dtype), use).name
     if name in ("metal", "cuda"):
         return _launcher(name).prefill(q, k, v, g, beta, state, mask)
     run = array.prefill if name == "array" else chunked.prefill
@@ -275,7 +278,7 @@ def replay_verify(
     _check(*block, state)
     if isinstance(n, int) and not 0 <= n <= previous.length:
         raise ValueError(f"cannot replay {n} entries of a tape of {previous.length}")
-    name = choose(_request("replay_verify", block[1], block[2], block[2].dtype), use).name
+    name = choose(_request("replay_verify", block[1], block[2], block[3], block[2].dtype), use).name
     if name in ("metal", "cuda"):
         return _launcher(name).replay_verify(
             previous, n, block, state, mask, write_state=write_state

@@ -40,6 +40,7 @@ class Request:
         key_size: Dk.
         value_size: Dv.
         device: "cpu" or "gpu", the default device.
+        vector_gate: whether every key channel has a decay of its own.
     """
 
     operation: str
@@ -51,6 +52,7 @@ class Request:
     key_size: int
     value_size: int
     device: str
+    vector_gate: bool = False
 
 
 def unsupported_shape(request: Request) -> str | None:
@@ -64,6 +66,8 @@ def unsupported_shape(request: Request) -> str | None:
         return f"dtype {request.dtype}: the kernel takes float32, float16 and bfloat16"
     if request.batch * request.value_heads > _GRID_LIMIT:
         return f"B * Hv = {request.batch * request.value_heads} exceeds a grid's {_GRID_LIMIT}"
+    if request.vector_gate:
+        return "a decay for every key channel: the kernel takes one a head"
     if request.tokens < 1:
         return "T = 0: there is nothing to run"
     return None

@@ -25,7 +25,8 @@ class Tape:
     Attributes:
         delta: [B, T, Hv, Dv] float32, the innovations ``(v - S k) * beta``.
         k: [B, T, Hk, Dk], the normalised keys in the dtype the pass used.
-        g: [B, T, Hv], the decays (already exponentiated, 0..1).
+        g: [B, T, Hv], or [B, T, Hv, Dk] with one a key channel: the decays (already exponentiated,
+            0..1).
     """
 
     delta: mx.array

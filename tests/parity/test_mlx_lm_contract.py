@@ -31,6 +31,7 @@ from mlx_lm.generate import (
 from mlx_lm.models import qwen3
 from mlx_lm.models.cache import (
     ArraysCache,
+    CacheList,
     KVCache,
     QuantizedKVCache,
     RotatingKVCache,
@@ -40,6 +41,7 @@ from mlx_lm.models.gated_delta import compute_g, normalize_qk
 from mlx_lm.models.qwen3_5 import GatedDeltaNet
 from mlx_lm.models.qwen3_next import Qwen3NextGatedDeltaNet
 from mlx_lm.models.rope_utils import initialize_rope
+from mlx_lm.models.ssm import compute_dt
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_logits_processors
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import (
@@ -50,8 +52,10 @@ from mlx_lm.utils import (
     load_model,
 )
 
+from draftloom.adapters.hybrids import _MIXERS, _is_recurrent
+from draftloom.adapters.recurrent import RecordingConvolution, RecordingMamba
 from draftloom.kv_cache import KVQuantization
-from tests.support import models
+from tests.support import families_more, models
 from tests.support.oracle import prefill, text_model
 
 ROOT = Path(__file__).parents[2]
@@ -66,6 +70,7 @@ COVERED = {
     "mlx_lm.generate.maybe_quantize_kv_cache",
     "mlx_lm.generate.wired_limit",
     "mlx_lm.models.cache.ArraysCache",
+    "mlx_lm.models.cache.CacheList",
     "mlx_lm.models.cache.KVCache",
     "mlx_lm.models.cache.QuantizedKVCache",
     "mlx_lm.models.cache.RotatingKVCache",
@@ -75,6 +80,7 @@ COVERED = {
     "mlx_lm.models.qwen3_5.GatedDeltaNet",
     "mlx_lm.models.qwen3_next.Qwen3NextGatedDeltaNet",
     "mlx_lm.models.rope_utils.initialize_rope",
+    "mlx_lm.models.ssm.compute_dt",
     "mlx_lm.sample_utils.apply_min_p",
     "mlx_lm.sample_utils.apply_top_k",
     "mlx_lm.sample_utils.apply_top_p",
@@ -233,6 +239,40 @@ def test_models_have_the_parts_that_adapters_use(family: str) -> None:
     assert isinstance(text.model.norm, nn.RMSNorm)
     assert hasattr(text, "lm_head") != text.args.tie_word_embeddings
     assert vars(model.args)["model_type"] == models.FAMILIES[family].config["model_type"]
+
+
+@pytest.mark.parametrize("name", families_more.RECURRENT)
+def test_recurrent_layers_have_the_parts_that_recording_uses(name: str) -> None:
+    model = families_more.new_model(families_more.RECURRENT[name])
+    attribute, stand = _MIXERS[families_more.RECURRENT[name].model_type]
+    mixers = [layer[attribute] for layer in model.layers if _is_recurrent(layer, attribute)]
+    assert mixers
+    for mixer in mixers:
+        if stand is RecordingConvolution:
+            assert isinstance(mixer.conv, nn.Conv1d)
+        elif stand is RecordingMamba:
+            assert isinstance(mixer.conv1d, nn.Conv1d)
+            order = ["hidden_states", "B", "C", "dt", "cache", "mask"]
+            assert list(inspect.signature(mixer._ssm).parameters) == order
+            for part in ("num_heads", "head_dim", "n_groups", "ssm_state_size", "time_step_limit"):
+                assert hasattr(mixer, part)
+            assert mixer.dt_bias.shape == mixer.A_log.shape == (mixer.num_heads,)
+        else:
+            assert all(isinstance(mixer[f"{n}_conv"].conv, nn.Conv1d) for n in "qkv")
+            order = ["x", "state", "mask", "lengths"]
+            assert list(inspect.signature(type(mixer.q_conv).__call__).parameters)[1:] == order
+
+
+def test_cache_lists_have_children() -> None:
+    children = (ArraysCache(2), KVCache())
+    assert CacheList(*children).caches == children
+    assert CacheList(*children)[0] is children[0]
+
+
+def test_compute_dt_is_a_softplus_within_limits() -> None:
+    dt, bias = mx.array([[[-3.0, 0.0, 90.0]]]), mx.array([0.5, 0.0, 0.0])
+    found = np.array(compute_dt(dt, bias, (0.1, 50.0)))
+    assert found == pytest.approx(np.clip(np.logaddexp(np.array(dt + bias), 0), 0.1, 50.0))
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,14 @@ from draftloom.contracts import TargetAdapter
 from draftloom.errors import UnsupportedModelError
 from draftloom.model_info import ModelInfo
 from tests.support import models, pipelines
-from tests.support.families_more import GENERIC, MORE, Recorded, adapted, new_model
+from tests.support.families_more import (
+    GENERIC,
+    MORE,
+    RECURRENT,
+    Recorded,
+    adapted,
+    new_model,
+)
 
 PASSES = (12, 5, 1, 1, 7, 1)
 
@@ -67,12 +74,12 @@ def test_taps_logits_head_and_embeddings_equal_mlx_lms(name: str, rows: int) -> 
         check(target, new_model(family), rows)
 
 
-@pytest.mark.parametrize("name", GENERIC)
+@pytest.mark.parametrize("name", GENERIC | RECURRENT)
 def test_a_generic_target_gives_what_it_offers(name: str) -> None:
     """Logits always; hidden states where the description says so, otherwise a refusal."""
-    family = GENERIC[name]
+    family = (GENERIC | RECURRENT)[name]
     with adapted(family) as target:
-        assert target.info.adapter == "generic"
+        assert target.info.adapter == ("recurrent" if name in RECURRENT else "generic")
         assert len(target.make_cache()) == len(target.info.cache_kinds)
         if target.info.can_tap:
             check(target, new_model(family), 1)
@@ -112,13 +119,13 @@ def test_description_tells_the_model(name: str) -> None:
     ("name", "limit"), [("gpt2", 128), ("kimi_linear", 512), ("mistral3", 512), ("cohere", None)]
 )
 def test_the_context_limit_has_many_names(name: str, limit: int | None) -> None:
-    with adapted((MORE | GENERIC)[name]) as target:
+    with adapted((MORE | GENERIC | RECURRENT)[name]) as target:
         assert target.info.context_limit == limit
 
 
 @pytest.mark.parametrize("name", ["gemma4", "granite", "gpt_oss", "mamba2"])
 def test_close_puts_the_same_layers_back(name: str) -> None:
-    model = new_model((MORE | GENERIC)[name])
+    model = new_model((MORE | GENERIC | RECURRENT)[name])
     parts: Any = Parts.of(model)
     modules = dict(model.named_modules())
     with pipelines.adapter(model, (0, 1)) as target:

@@ -11,10 +11,13 @@ from pathlib import Path
 from draftloom.adapters import attention, qwen3_5
 from draftloom.contracts import TargetInfo
 from draftloom.model_info import ModelInfo
+from tests.parity.test_more_families_text import ASKED
 from tests.support import models, pipelines
-from tests.support.families_more import GENERIC, MORE, SLIDING
+from tests.support.families_more import GENERIC, MORE, RECURRENT, SLIDING
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "families.md"
+
+VARIANTS = {"llama-sliding": "sliding layers", "llama-3.1": "Llama 3.1's rope"}
 
 HEAD = """\
 # Families
@@ -75,11 +78,17 @@ def rows() -> Iterator[str]:
         if family.config["model_type"] not in seen:
             seen.add(family.config["model_type"])
             yield row(family.config, "bits, 5000 cycles together")
-    for further in sorted((MORE | GENERIC).values(), key=lambda f: (f.name in GENERIC, f.name)):
-        tested = f"bits, {200 if further.name in windowed else 50} cycles"
+    further_ones = [
+        family
+        for group in (MORE, RECURRENT, GENERIC)
+        for family in sorted(group.values(), key=lambda f: f.name)
+    ]
+    for further in further_ones:
+        asked = further.name in windowed or further.name in ASKED
+        tested = f"bits, {200 if asked else 50} cycles"
         line = row(further.config, tested)
         if further.name != further.model_type:
-            line = line.replace(" | ", " (sliding layers) | ", 1)
+            line = line.replace(" | ", f" ({VARIANTS[further.name]}) | ", 1)
         yield line
 
 

@@ -16,7 +16,17 @@ from draftloom.model_info import ModelInfo
 from tests.support import pipelines
 from tests.support.models import COMMON, HEAD, HIDDEN, VOCAB, randomize
 
-__all__ = ["GENERIC", "MORE", "SLIDING", "WINDOW", "More", "Recorded", "adapted", "new_model"]
+__all__ = [
+    "GENERIC",
+    "MORE",
+    "RECURRENT",
+    "SLIDING",
+    "WINDOW",
+    "More",
+    "Recorded",
+    "adapted",
+    "new_model",
+]
 
 WINDOW = 8
 
@@ -113,6 +123,13 @@ PLAIN = (
         },
     ),
     _more("deepseek_v3", COMMON, _MLA, _DEEPSEEK),
+    _more(
+        "llama", COMMON, name="llama-3.1", head_dim=8,
+        rope_scaling={
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    ),
     _more("phi", COMMON, num_key_value_heads=4, partial_rotary_factor=0.5, layer_norm_eps=1e-5),
 )  # fmt: skip
 """Attention in every layer, plain key/value caches."""
@@ -234,6 +251,26 @@ GENERIC = {
     )
 }  # fmt: skip
 """Families of the generic adapter."""
+
+
+RECURRENT = {
+    name: GENERIC.pop(name)
+    for name in (
+        "lfm2",
+        "nemotron_h",
+        "falcon_h1",
+        "mamba2",
+        "granitemoehybrid",
+        "kimi_linear",
+    )
+} | {
+    "lfm2_moe": _more(
+        "lfm2_moe", COMMON, norm_eps=1e-5, conv_bias=False, conv_L_cache=3, full_attn_idxs=[1],
+        rope_theta=1e4, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2,
+        norm_topk_prob=True, num_dense_layers=1, use_expert_bias=True,
+    ),
+}  # fmt: skip
+"""Families of the recurrent adapter, which record a tape."""
 
 
 def new_model(family: More, seed: int = 0) -> nn.Module:
