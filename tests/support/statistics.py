@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -70,12 +70,19 @@ def chi_square(
 
 
 def filtered_law(
-    logits: np.ndarray, temperature: float, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0
+    logits: np.ndarray,
+    temperature: float,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    xtc_probability: float = 0.0,
+    xtc_threshold: float = 0.1,
+    xtc_special_tokens: Sequence[int] = (),
 ) -> np.ndarray:
     """What mlx-lm's sampler draws from, for one row of logits without ties, in float64.
 
-    Filters in mlx-lm's order (top-p, min-p, top-k), all on the law at temperature 1; then the
-    temperature.
+    Filters in mlx-lm's order (top-p, min-p, XTC by a coin, top-k), all on the law at temperature 1;
+    then the temperature.
     """
     law = np.exp(logits.astype(np.float64) - logits.max())
     law /= law.sum()
@@ -86,8 +93,17 @@ def filtered_law(
         kept[order[above >= top_p]] = False
     if min_p > 0:
         kept &= law >= min_p * law.max()
-    if top_k > 0:
-        alive = np.where(kept, law, -1.0)
-        kept[np.argsort(-alive)[top_k:]] = False
-    scaled = np.where(kept, law, 0.0) ** (1 / temperature)
-    return scaled / scaled.sum()
+    cut = kept.copy()
+    alive = np.where(kept, law, 0.0)
+    above = [i for i in range(law.size) if alive[i] / alive.sum() > xtc_threshold]
+    for i in above:
+        if i not in xtc_special_tokens and alive[i] > min(alive[above]):
+            cut[i] = False
+
+    def at_the_end(chosen: np.ndarray) -> np.ndarray:
+        if top_k > 0:
+            chosen[np.argsort(-np.where(chosen, law, -1.0))[top_k:]] = False
+        scaled = np.where(chosen, law, 0.0) ** (1 / temperature)
+        return scaled / scaled.sum()
+
+    return xtc_probability * at_the_end(cut) + (1 - xtc_probability) * at_the_end(kept)

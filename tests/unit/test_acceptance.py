@@ -41,6 +41,18 @@ FILTERS = [
     pytest.param({"temperature": 1.3, "top_k": 2}, id="top-k"),
     pytest.param({"temperature": 1.0, "min_p": 0.15}, id="min-p"),
     pytest.param({"temperature": 0.9, "top_p": 0.9, "top_k": 3, "min_p": 0.05}, id="all-filters"),
+    pytest.param({"temperature": 0.8, "xtc_probability": 0.4, "xtc_threshold": 0.15}, id="xtc"),
+    pytest.param(
+        {
+            "temperature": 1.2,
+            "top_p": 0.97,
+            "min_p": 0.02,
+            "xtc_probability": 0.7,
+            "xtc_special_tokens": (1,),
+            "top_k": 3,
+        },
+        id="all-with-xtc",
+    ),
 ]
 
 
@@ -130,8 +142,13 @@ def test_target_law_is_the_filtered_law(filters: dict[str, Any], vocab: int) -> 
     assert ours.dtype == np.float32
     assert np.abs(ours - expected).max() < 2e-6
     assert np.array_equal(ours == 0, expected == 0), "other tokens are filtered out"
-    if len(filters) > 1:
+    if {"top_p", "min_p", "top_k"} & set(filters):
         assert (ours == 0).any(), "the filter does nothing"
+    if "xtc_probability" in filters:
+        without = target_law(
+            mx.array(logits), SamplingParams(**{**filters, "xtc_probability": 0.0})
+        )
+        assert np.abs(ours - np.array(without)).max() > 0.1, "XTC does nothing"
 
 
 @pytest.mark.parametrize("filters", FILTERS)
@@ -139,9 +156,15 @@ def test_target_law_is_what_mlx_lms_sampler_draws_from(filters: dict[str, Any]) 
     given = {"temp" if name == "temperature" else name: v for name, v in filters.items()}
     logits = mx.array([1.2, 0.4, -0.3, 0.9, -1.5, 0.1])
     law = np.array(target_law(logits, SamplingParams(**filters)), dtype=np.float64)
+    if given.get("xtc_special_tokens"):
+        given["xtc_special_tokens"] = list(given["xtc_special_tokens"])
     mx.random.seed(11)
-    drawn = make_sampler(**given)(mx.broadcast_to(log_probs(logits), (ROWS, 6)))
-    assert chi_square(drawn.tolist(), dict(enumerate(law / law.sum()))) > P_VALUE
+    sampler, row = make_sampler(**given), log_probs(logits)[None]
+    if "xtc_probability" in given:  # its coin is one for all rows of a call
+        drawn: Any = mx.concatenate([sampler(row) for _ in range(1500)]).tolist()
+    else:
+        drawn = sampler(mx.broadcast_to(row, (ROWS, 6))).tolist()
+    assert chi_square(drawn, dict(enumerate(law / law.sum()))) > P_VALUE
 
 
 # --- the rule, in float64 ---------------------------------------------------------------------
