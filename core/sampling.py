@@ -29,7 +29,7 @@ LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 
 def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UsageError(f"{name} must be a finite number, got {value!r}")
+        raise UsageError(f"{name} must be a finite number, got {value!r}", "write it as 0.5")
     return float(value)
 
 

@@ -77,6 +77,7 @@ def audit(
         drafter_window=drafter_window, drafter_sinks=drafter_sinks, verifier=verifier,
         acceptance=acceptance,
         rollback=rollback, block_size=block_size, pipeline=pipeline, dtype=dtype, temperature=0.0,
+        xtc_probability=0.0,
         kv_bits=kv_bits, kv_group_size=kv_group_size, quantized_kv_start=quantized_kv_start,
     )  # fmt: skip
     chosen = None if prompts is None else read_prompts(prompts)

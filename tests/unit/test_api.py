@@ -12,6 +12,7 @@ import mlx_lm
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.qwen3_5 import GatedDeltaNet
+from mlx_lm.sample_utils import make_logits_processors
 
 import draftloom
 from draftloom import GraphError, ModelError, UsageError
@@ -236,6 +237,33 @@ def test_models_are_not_touched_before_the_first_response() -> None:
     next(stream)
     stream.close()  # type: ignore[attr-defined]
     assert structure(target("hybrid")) == before
+
+
+# --- decoding parameters ----------------------------------------------------------------------
+
+
+def last_twice(tokens: mx.array, logits: mx.array) -> mx.array:
+    """A processor of the user's own: the last token may not follow itself."""
+    return mx.where(mx.arange(logits.shape[-1]) == tokens[-1], -mx.inf, logits)
+
+
+@pytest.mark.parametrize("drafting", ["prompt-lookup", "draft model", "none"])
+def test_logits_processors_are_mlx_lms(family: str, drafting: str) -> None:
+    """Its own and the user's, token by token and log-probability by log-probability."""
+    penalties = {"repetition_penalty": 1.3, "presence_penalty": 0.4, "logit_bias": {5: 2.0}}
+    processors = [*make_logits_processors(**penalties), last_twice]
+    more = {"draft_model": draft_model(family)} if drafting == "draft model" else {}
+    if drafting == "none":
+        more = {"drafter": "none"}
+    expected = theirs(family, logits_processors=processors)
+    as_callables = ours(family, logits_processors=processors, **more)
+    as_numbers = ours(family, logits_processors=[last_twice], **penalties, **more)
+    for found in (as_callables, as_numbers):
+        assert_same(found, expected)
+        for a, b in zip(found, expected, strict=True):
+            assert mx.array_equal(a.logprobs, b.logprobs), "not bit for bit"
+    if (drafting, family) == ("prompt-lookup", "attention"):
+        assert any(r.from_draft for r in ours(family, **more)), "nothing was drafted"
 
 
 # --- what cannot be honoured -----------------------------------------------------------------

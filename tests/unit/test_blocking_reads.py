@@ -206,6 +206,53 @@ def test_one_wait_a_cycle_when_sampling(options: dict[str, Any], waits: Waits) -
     assert cycles == [["tolist"]] * stream.stats.cycles
 
 
+PENALTIES = {
+    "repetition_penalty": 1.2,
+    "repetition_context_size": 0,
+    "presence_penalty": 0.2,
+    "frequency_penalty": 0.1,
+    "logit_bias": {3: 1.5, 4: -2.0},
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "read"),
+    [
+        (PENALTIES, "tolist"),
+        (
+            {"temperature": 0.9, "xtc_probability": 0.5, "xtc_special_tokens": [1], "seed": 1},
+            "tolist",
+        ),
+        ({**PENALTIES, "logprobs": True, "top_logprobs": 3}, "eval"),
+    ],
+    ids=["penalties", "xtc", "logprobs"],
+)
+def test_one_wait_a_cycle_with_every_built_in_parameter(
+    options: dict[str, Any], read: str, waits: Waits
+) -> None:
+    drafter = half_right(plain(model(), PROMPT, COUNT), 2)
+    with pipeline_of(drafter) as pipeline:
+        cycles, stream = waits_by_cycle(waits, pipeline, **options)
+    assert stream.stats.verified > 0
+    assert cycles == [[read]] * stream.stats.cycles
+
+
+def test_processors_of_the_users_own_wait_for_the_draft_besides(waits: Waits) -> None:
+    """Not once a position, and not for the target."""
+
+    def processor(tokens: mx.array, logits: mx.array) -> mx.array:
+        history: Any = tokens.tolist()
+        return logits - 0.5 * (mx.arange(logits.shape[-1]) == history[-1])
+
+    with pipeline_of(
+        configure=lambda b: b.drafter("autoregressive", model=draft_model(b))
+    ) as pipeline:
+        cycles, stream = waits_by_cycle(waits, pipeline, logits_processors=[processor])
+    assert stream.stats.verified > 0
+    assert all(cycle.count("eval") <= 1 for cycle in cycles)
+    assert all(cycle[-1] == "tolist" for cycle in cycles)
+
+
 def test_a_node_that_reads_costs_a_second_wait(waits: Waits) -> None:
     class Reads:
         info = ComponentInfo("reads", inputs=(Port("logits"),))
