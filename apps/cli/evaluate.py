@@ -46,6 +46,13 @@ def drafter(
         list[str] | None,
         typer.Option(metavar="NAME|DIR|REPO", help="An older drafter to compare with. Repeatable."),
     ] = None,
+    drafter_bits: Annotated[
+        list[int] | None,
+        typer.Option(
+            metavar="4|8",
+            help="Compare with the same drafter, its weights packed to so many bits. Repeatable.",
+        ),
+    ] = None,
     lookup: Annotated[
         bool, typer.Option("--lookup/--no-lookup", help="Compare with prompt lookup.")
     ] = True,
@@ -105,7 +112,8 @@ def drafter(
     base = PipelineFlags(target=target, dtype=dtype, drafter=drafter)
     plugins = state_of(context).plugins
     with fallback_on_stderr():
-        report = _judged(base, (tuple(against or ()), lookup), (choice, settings), plugins)
+        others = _Others(tuple(against or ()), tuple(drafter_bits or ()), lookup)
+        report = _judged(base, others, (choice, settings), plugins)
         from draftloom.apps.evaluate.output import judgement_html, print_judgement
 
         print_judgement(report, Console(highlight=False))
@@ -115,6 +123,16 @@ def drafter(
             write_text(json_file, json.dumps(report, indent=1) + "\n")
         if html_file is not None:
             write_text(html_file, judgement_html(report))
+
+
+@attrs.frozen
+class _Others:
+    """What the drafter is compared with: other drafters, itself packed to fewer bits, prompt
+    lookup."""
+
+    against: tuple[str, ...]
+    bits: tuple[int, ...]
+    lookup: bool
 
 
 @attrs.frozen
@@ -129,7 +147,7 @@ class _Prompts:
 
 def _judged(
     base: PipelineFlags,
-    others: tuple[tuple[str, ...], bool],
+    others: _Others,
     work: tuple[_Prompts, Settings],
     plugins: PluginManager,
 ) -> dict[str, Any]:
@@ -138,8 +156,8 @@ def _judged(
     from draftloom.apps.bench.subjects import load_subject
     from draftloom.apps.evaluate.judge import judge, warnings_of
 
-    (against, lookup), (choice, settings) = others, work
-    named = _named(base, against, lookup, plugins)
+    choice, settings = work
+    named = _named(base, others, plugins)
     judged = named[0][0]
     if named[0][1].check().names["drafter"] in ("none", ""):
         raise UsageError("the target has no drafter of its own", "name one with --drafter")
@@ -150,13 +168,13 @@ def _judged(
     report = run_bench(subject, settings, prompts, stages=False, progress=say_progress)
     report["judged"] = judged
     report["drafters"] = judge(report)
-    found = LOOKUP if lookup else None
+    found = LOOKUP if others.lookup else None
     report["warnings"] = warnings_of(report["drafters"], judged, found)
     return report
 
 
 def _named(
-    base: PipelineFlags, against: tuple[str, ...], lookup: bool, plugins: PluginManager
+    base: PipelineFlags, others: _Others, plugins: PluginManager
 ) -> list[tuple[str, PipelineBuilder]]:
     """The drafter that is judged, then what it is compared with."""
 
@@ -166,7 +184,10 @@ def _named(
 
     named = [(name_of(base.drafter or "drafter"), base.builder(plugins))]
     taken = {named[0][0]}
-    for given in (*against, *([LOOKUP] if lookup else [])):
+    for bits in dict.fromkeys(others.bits):
+        packed = attrs.evolve(base, drafter_bits=bits)
+        named.append((f"{named[0][0]}, {bits} bit", packed.builder(plugins)))
+    for given in (*others.against, *([LOOKUP] if others.lookup else [])):
         name = name_of(given)
         while name in taken:
             name += " (against)"

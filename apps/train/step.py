@@ -139,24 +139,20 @@ def draft_hidden(
     embeddings = target.embed(tokens.reshape(rows, -1)) * config.embedding_scale
     dtype = model.norm.weight.dtype
     embeddings = embeddings.reshape(rows, blocks, slots + 1, -1).astype(dtype)
-    features = mx.stop_gradient(batch.features).astype(dtype)
+    features = mx.stop_gradient(batch.features)
+    if config.dtype is not None:  # as they will be when it drafts
+        features = features.astype(getattr(mx, config.dtype))
+    features = features.astype(dtype)
     hidden = block_hidden(model, features, embeddings, batch.anchors, recompute=recompute)
     return hidden[:, :, 1:] * config.output_multiplier
-
-
-def head_logits(hidden: mx.array, config: DrafterDescription, target: TargetAdapter) -> mx.array:
-    """Logits [..., V] float32 of hidden states, soft cap included."""
-    logits = target.head(hidden).astype(mx.float32)
-    if config.softcap is not None:
-        logits = config.softcap * mx.tanh(logits / config.softcap)
-    return logits
 
 
 def block_logits(
     model: DFlashModel, config: DrafterDescription, target: TargetAdapter, batch: BlockBatch
 ) -> mx.array:
-    """Logits [R, N, K, V] float32 of the draft slots, soft cap included."""
-    return head_logits(draft_hidden(model, config, target, batch), config, target)
+    """Logits [R, N, K, V] float32 of the draft slots. The target's head caps by itself, where it
+    does."""
+    return target.head(draft_hidden(model, config, target, batch)).astype(mx.float32)
 
 
 def slot_weights(
@@ -232,7 +228,7 @@ class DrafterLoss:
     ) -> tuple[mx.array, mx.array, mx.array]:
         """Sum of the weighted losses, of the weights, and [K] right slots."""
         labels, valid = mx.stop_gradient(labels), mx.stop_gradient(valid)
-        logits = head_logits(hidden, self._config, self._target)
+        logits = self._target.head(hidden).astype(mx.float32)
         total = mx.logsumexp(logits, axis=-1)
         of_label = mx.take_along_axis(logits, labels[..., None], axis=-1)[..., 0] - total
         if target_logits is None:

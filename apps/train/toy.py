@@ -52,12 +52,12 @@ def make_toy(folder: Path | str, *, steps: int = 40, seed: int = 0) -> Path:
     words = [*_SPECIAL, *sorted({w for cycle in CYCLES for w in cycle.split()})]
     config: dict[str, Any] = {
         "model_type": "qwen3",
-        "hidden_size": 48,
-        "intermediate_size": 96,
+        "hidden_size": 64,
+        "intermediate_size": 128,
         "num_hidden_layers": 3,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": 12,
+        "head_dim": 16,
         "rms_norm_eps": 1e-6,
         "vocab_size": len(words) + 2,
         "max_position_embeddings": 256,

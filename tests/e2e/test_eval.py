@@ -30,13 +30,14 @@ def test_drafter_is_judged(cli: Callable[..., Any], toy: Path, tmp_path: Path) -
     done = cli(
         "eval", "drafter", "--target", toy / "target", "--drafter", tmp_path / "new",
         "--against", tmp_path / "old", "--data", toy / "texts.jsonl", "--limit", 2, "--tokens", 6,
-        "--json", data, "--html", page,
+        "--drafter-bits", 8, "--json", data, "--html", page,
     )  # fmt: skip
     assert done.code == 0, done.err
     assert "looks as if it was made for another target" in done.err
     report = json.loads(data.read_text())
     assert report["judged"] == "new"
-    assert [e["variant"] for e in report["drafters"]] == ["new", "old", "prompt-lookup"]
+    names = ["new", "new, 8 bit", "old", "prompt-lookup"]
+    assert [e["variant"] for e in report["drafters"]] == names
     for entry in report["drafters"]:
         assert entry["same_text"] == entry["compared"] == 2
         assert entry["by_type"].keys() == {"texts"}
