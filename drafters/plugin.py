@@ -14,8 +14,9 @@ __all__ = ["read_drafter_checkpoint", "register_drafters", "resolve_drafter_chec
 
 @hookimpl
 def register_drafters(register: Register) -> None:
-    """dflash, dspark, autoregressive, prompt-lookup, cascade, none."""
+    """dflash, dflash2, dspark, autoregressive, prompt-lookup, cascade, none."""
     register("dflash", "draftloom.drafters.dflash:DFlashDrafter")
+    register("dflash2", "draftloom.drafters.dflash2:DFlash2Drafter")
     register("dspark", "draftloom.drafters.dspark:DSparkDrafter")
     register("autoregressive", "draftloom.drafters.autoregressive:AutoregressiveDrafter")
     register("prompt-lookup", "draftloom.drafters.prompt_lookup:PromptLookupDrafter")

@@ -21,7 +21,7 @@ from draftloom.device import on_cuda
 
 from .context import ContextCache, ContextWindow
 
-__all__ = ["DFlashModel"]
+__all__ = ["DFlashLayer", "DFlashModel"]
 
 
 class _Attention(nn.Module):
@@ -110,7 +110,14 @@ class _MLP(nn.Module):
         return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class _Layer(nn.Module):
+class DFlashLayer(nn.Module):
+    """A decoder layer over a context and a block.
+
+    Args:
+        config: the description.
+        kind: ``full_attention`` or ``sliding_attention``.
+    """
+
     def __init__(self, config: DrafterDescription, kind: str) -> None:
         super().__init__()
         self.self_attn = _Attention(config, sliding=kind == "sliding_attention")
@@ -119,6 +126,7 @@ class _Layer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def __call__(self, x: mx.array, cache: ContextCache) -> mx.array:
+        """Block [B, T, D] after the layer, over the context in its cache."""
         h = x + self.self_attn(self.input_layernorm(x), cache)
         return h + self.mlp(self.post_attention_layernorm(h))
 
@@ -144,8 +152,12 @@ class DFlashModel(nn.Module):
             len(config.tap_layers) * config.hidden_size, config.hidden_size, bias=False
         )
         self.hidden_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.layers = [_Layer(config, kind) for kind in config.layer_types]
+        self.layers = [self.make_layer(config, kind) for kind in config.layer_types]
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def make_layer(self, config: DrafterDescription, kind: str) -> DFlashLayer:
+        """One layer; networks with other layers make theirs here."""
+        return DFlashLayer(config, kind)
 
     def make_cache(self, window: ContextWindow | None = None) -> list[ContextCache]:
         """Empty context caches, one a layer.

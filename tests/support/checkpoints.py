@@ -16,6 +16,7 @@ import attrs
 import mlx.core as mx
 import numpy as np
 
+from tests.support.dflash2_numpy import DFlash2Reference
 from tests.support.dflash_numpy import DFlashReference, DSparkReference
 from tests.support.pipelines import dflash_weights
 
@@ -41,6 +42,8 @@ class Golden:
         markov: kind of the Markov head; "" is none.
         rank: of it.
         confidence: whether its input has the Markov row; None is no confidence head.
+        convolution: kernel size and group size of a DFlash 2 drafter; None is no such drafter.
+        selector: rank and top_k of it.
         seed: of the weights.
     """
 
@@ -60,6 +63,8 @@ class Golden:
     markov: str = ""
     rank: int = 6
     confidence: bool | None = None
+    convolution: tuple[int, int] | None = None
+    selector: tuple[int, int] = (6, 4)
     seed: int = 0
 
     @property
@@ -113,10 +118,40 @@ class Golden:
             inputs = self.hidden + self.rank * self.confidence
             shapes["confidence_head.proj.weight"] = (1, inputs)
             shapes["confidence_head.proj.bias"] = (1,)
+        if self.convolution is not None:
+            shapes |= self._dflash2_shapes(*self.convolution, self.selector[0])
         for name, shape in shapes.items():
-            size = 1.0 if "markov_w1" in name or "embed" in name else shape[-1] ** -0.5
+            whole = ("markov_w1", "embed", "codebook")
+            size = 1.0 if any(part in name for part in whole) else shape[-1] ** -0.5
+            if "base_kernel" in name:
+                size = 0.5
             found[name] = (1.5 * size * rng.standard_normal(shape)).astype(np.float32)
         return found
+
+    def _dflash2_shapes(self, kernel: int, group: int, rank: int) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {}
+        for i in range(self.network["num_hidden_layers"]):
+            for name in (f"layers.{i}.attention_conv.", f"layers.{i}.mlp_conv."):
+                shapes[name + "base_kernel"] = (2, kernel, self.hidden)
+                rows = 2 * kernel * self.hidden // group
+                shapes[name + "kernel_projection.weight"] = (rows, self.hidden)
+        name = "candidate_selector."
+        shapes[name + "hidden_projection.weight"] = (rank, self.hidden)
+        shapes[name + "predecessor_codebook"] = (self.vocab, rank)
+        shapes[name + "successor_codebook"] = (self.vocab, rank)
+        return shapes
+
+    @property
+    def dflash2(self) -> dict[str, int]:
+        """Keys that only a DFlash 2 config has; none for others."""
+        if self.convolution is None:
+            return {}
+        return {
+            "conv_kernel_size": self.convolution[0],
+            "conv_group_size": self.convolution[1],
+            "selector_rank": self.selector[0],
+            "selector_top_k": self.selector[1],
+        }
 
     def reference(self) -> DFlashReference:
         """What must come out."""
@@ -131,7 +166,10 @@ class Golden:
             "final_logit_softcapping": self.softcap,
             "markov_head_type": self.markov,
             "confidence_head_with_markov": self.confidence,
+            **self.dflash2,
         }
+        if self.convolution is not None:
+            return DFlash2Reference(config, self.weights())
         kind = DSparkReference if self.markov else DFlashReference
         return kind(config, self.weights())
 
@@ -165,7 +203,10 @@ def _zlab_new(golden: Golden) -> Files:
         "input_embedding_scale": golden.scale,
         "output_multiplier": golden.multiplier,
         "final_logit_softcapping": golden.softcap,
+        **golden.dflash2,
     }
+    if golden.convolution is not None:
+        config["architectures"] = ["DFlash2DraftModel"]
     return config, weights
 
 
@@ -228,7 +269,7 @@ def _speculators(golden: Golden) -> Files:
     theta, scaling = layer.pop("rope_theta"), layer.pop("rope_scaling", None)
     if scaling is not None or theta != 10000.0:
         layer["rope_parameters"] = {**(scaling or {}), "rope_theta": theta}
-    kind = "dspark" if golden.markov else "dflash"
+    kind = "dspark" if golden.markov else "dflash2" if golden.dflash2 else "dflash"
     config: dict[str, Any] = {
         "architectures": ["DFlashDraftModel"],
         "speculators_model_type": kind,
@@ -241,8 +282,9 @@ def _speculators(golden: Golden) -> Files:
         "target_hidden_size": None,
         "aux_hidden_state_layer_ids": [tap + 1 for tap in golden.taps],
         "sliding_window_non_causal": sliding and golden.causal is False,
+        **golden.dflash2,
     }
-    if golden.first_slot != (1 if kind == "dflash" else 0):
+    if golden.first_slot != (0 if kind == "dspark" else 1):
         config["sample_from_anchor"] = golden.first_slot == 0
     if golden.markov:
         config |= {

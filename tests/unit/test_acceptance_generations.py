@@ -74,6 +74,11 @@ CHECKPOINTS = {
         "speculators",
         Golden(draft_ids=(0, 2, 3, 5, 7), first_slot=0, markov="vanilla", rank=4, **SIZES),
     ),
+    "dflash2": ("z-lab-new", Golden(convolution=(2, 8), selector=(4, 3), **SIZES)),
+    "dflash2-reduced": (
+        "speculators",
+        Golden(draft_ids=(1, 3, 4, 6), convolution=(2, 8), selector=(4, 2), seed=3, **SIZES),
+    ),
     "dspark-cut": ("dspark", Golden(markov="vanilla", rank=4, confidence=True, seed=2, **SIZES)),
 }
 """Formats with a reduced vocabulary, and drafts that a confidence ends; random weights."""
@@ -84,7 +89,7 @@ def with_drafter(name: str, builder: PipelineBuilder, scratch: Path) -> Pipeline
         form, golden = CHECKPOINTS[name]
         folder = write(scratch, form, golden)
         options = {"confidence_threshold": 0.25} if golden.confidence else {}
-        use = "dspark" if golden.markov else "dflash"
+        use = "dspark" if golden.markov else "dflash2" if golden.dflash2 else "dflash"
         return builder.drafter(use, checkpoint=str(folder), **options)
     if name == "autoregressive":
         return builder.drafter(

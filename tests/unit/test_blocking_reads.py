@@ -135,6 +135,9 @@ DRAFTERS: dict[str, Callable[[Any, str], Any]] = {
     "none": lambda builder, dflash: builder.drafter("none"),
     "prompt-lookup": lambda builder, dflash: builder.drafter("prompt-lookup"),
     "dflash": lambda builder, dflash: builder.drafter("dflash", checkpoint=dflash),
+    "dflash2": lambda builder, dflash: builder.drafter(
+        "dflash2", checkpoint=convolved(Path(dflash).parent), window=6, sinks=2
+    ),
     "dspark": lambda builder, dflash: builder.drafter(
         "dspark", checkpoint=spark(Path(dflash).parent), confidence_threshold=0.1
     ),
@@ -154,6 +157,12 @@ def spark(folder: Path) -> str:
         markov="vanilla", confidence=True,
     )  # fmt: skip
     return str(write(folder / "spark", "speculators", golden))
+
+
+def convolved(folder: Path) -> str:
+    """A DFlash 2 checkpoint."""
+    golden = Golden(hidden=32, vocab=VOCAB, taps=(0, 1), convolution=(3, 8))
+    return str(write(folder / "convolved", "z-lab-new", golden))
 
 
 def draft_model(builder: Any) -> Any:
@@ -251,6 +260,14 @@ def test_processors_of_the_users_own_wait_for_the_draft_besides(waits: Waits) ->
     assert stream.stats.verified > 0
     assert all(cycle.count("eval") <= 1 for cycle in cycles)
     assert all(cycle[-1] == "tolist" for cycle in cycles)
+
+
+def test_one_wait_a_cycle_when_a_walk_is_drawn(waits: Waits, tmp_path: Path) -> None:
+    folder = convolved(tmp_path)
+    with pipeline_of(configure=lambda b: b.drafter("dflash2", checkpoint=folder)) as pipeline:
+        cycles, stream = waits_by_cycle(waits, pipeline, temperature=1.0, seed=1)
+    assert stream.stats.verified > 0
+    assert cycles == [["tolist"]] * stream.stats.cycles
 
 
 def test_a_node_that_reads_costs_a_second_wait(waits: Waits) -> None:
