@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -23,7 +23,14 @@ from draftloom.model_info import ModelInfo
 
 from .taps import LayerTaps
 
-__all__ = ["MlxLmAdapter", "cache_kind", "describe_model", "language_model", "make_skeleton"]
+__all__ = [
+    "MlxLmAdapter",
+    "cache_kind",
+    "describe_model",
+    "language_model",
+    "make_skeleton",
+    "sketch",
+]
 
 
 def language_model(model: nn.Module) -> Any:
@@ -51,6 +58,18 @@ def make_skeleton(model: ModelInfo) -> tuple[Any, Any]:
         ) from error
     text = language_model(skeleton)
     return skeleton, getattr(text, "args", getattr(skeleton, "args", None))
+
+
+def sketch(model: ModelInfo, dtype: mx.Dtype) -> tuple[Callable[..., Any], list[Any]]:
+    """A model without weights that computes in `dtype`, as (tokens, cache) -> logits, and fresh
+    caches. What it gives is lazy, and is never to be computed.
+
+    Raises:
+        ModelError: see `make_skeleton`.
+    """
+    skeleton, _ = make_skeleton(model)
+    skeleton.set_dtype(dtype)
+    return (lambda tokens, cache: skeleton(tokens, cache=cache)), make_prompt_cache(skeleton)
 
 
 def describe_model(model: ModelInfo, adapter: str) -> tuple[TargetInfo, Any]:

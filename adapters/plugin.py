@@ -6,10 +6,12 @@ from pathlib import Path
 
 from draftloom.contracts import LoadedModel, TargetInfo
 from draftloom.hookspecs import Register, hookimpl
+from draftloom.memory import WeightEstimate
 from draftloom.model_info import ModelInfo
 from draftloom.spec import ComponentSpec
 
 __all__ = [
+    "estimate_weights",
     "load_model",
     "locate_model",
     "register_target_adapters",
@@ -40,6 +42,14 @@ def load_model(model: ModelInfo, dtype: str) -> LoadedModel | None:
     from .weights import load
 
     return load(model, dtype)
+
+
+@hookimpl(trylast=True)
+def estimate_weights(model: ModelInfo, dtype: str) -> WeightEstimate | None:
+    """From the headers of a folder's safetensors, or the sizes that the hub tells."""
+    from .weights import estimate
+
+    return estimate(model, dtype)
 
 
 @hookimpl(trylast=True)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import attrs
+import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.qwen3_5 import GatedDeltaNet
 from mlx_lm.models.qwen3_next import Qwen3NextGatedDeltaNet
@@ -12,7 +16,7 @@ from draftloom.errors import UnsupportedModelError, UsageError
 from draftloom.kv_cache import KVQuantization
 from draftloom.model_info import ModelInfo
 
-from .base import MlxLmAdapter, describe_model, language_model
+from .base import MlxLmAdapter, describe_model, language_model, sketch
 from .gated_delta import RecordingMixer, project_qwen3_5, project_qwen3_next
 from .quantized_kv import why_not_quantized_kv
 
@@ -57,6 +61,11 @@ class HybridAdapter(MlxLmAdapter):
             )
         )
         return attrs.evolve(info, cache_kinds=kinds, tape_kinds=(CacheKind.GATED_DELTA,))
+
+    @classmethod
+    def sketch(cls, model: ModelInfo, dtype: mx.Dtype) -> tuple[Callable[..., Any], list[Any]]:
+        """The model without weights, to be run lazily, and fresh caches."""
+        return sketch(model, dtype)
 
     @classmethod
     def why_not_quantized_kv(cls, model: ModelInfo, settings: KVQuantization) -> str:

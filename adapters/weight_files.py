@@ -14,8 +14,9 @@ from draftloom.errors import ModelError
 
 from .hub import again
 
-__all__ = ["StoredTensor", "check_weight_files", "explain", "file_of"]
+__all__ = ["INDEX", "StoredTensor", "check_weight_files", "explain", "file_of", "read_header"]
 
+INDEX = "model.safetensors.index.json"
 _SHAPES = re.compile(r"Expected shape (\(.*?\)) but received shape (\(.*?\)) for parameter (\S+)")
 _NAMES = re.compile(r"(Missing|Received) \d+ parameters[^\n]*\n([^,\n]+?)[,.]?(?:\n|$)")
 
@@ -29,12 +30,14 @@ class StoredTensor:
         file: which holds it.
         dtype: safetensors' name of the type (``BF16``).
         shape: sizes.
+        size: bytes.
     """
 
     name: str
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    size: int
 
 
 def check_weight_files(path: Path) -> list[StoredTensor]:
@@ -47,7 +50,7 @@ def check_weight_files(path: Path) -> list[StoredTensor]:
         ModelError: none there, a shard of the index missing, a tensor not where the index says,
             or a file cut short; names the file.
     """
-    index = path / "model.safetensors.index.json"
+    index = path / INDEX
     files = sorted(path.glob("model*.safetensors"))
     placed: dict[str, str] = {}
     if index.is_file():
@@ -63,7 +66,7 @@ def check_weight_files(path: Path) -> list[StoredTensor]:
             )
     if not files:
         raise ModelError(f"{path} has no model*.safetensors", "is the download complete?")
-    found = [tensor for file in files for tensor in _read_header(file)]
+    found = [tensor for file in files for tensor in read_header(file)]
     _check_index(path, placed, found)
     return found
 
@@ -79,8 +82,13 @@ def _check_index(path: Path, placed: dict[str, str], found: Iterable[StoredTenso
             )
 
 
-def _read_header(file: Path) -> list[StoredTensor]:
-    """The header says how long the file must be: a cut download is seen without reading it all."""
+def read_header(file: Path) -> list[StoredTensor]:
+    """The tensors of a file. The header says how long the file must be: a cut download is seen
+    without reading it all.
+
+    Raises:
+        ModelError: it is not a whole safetensors file; names it.
+    """
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -90,8 +98,9 @@ def _read_header(file: Path) -> list[StoredTensor]:
             header: dict[str, Any] = json.loads(stream.read(length))
         header.pop("__metadata__", None)
         tensors = [
-            StoredTensor(name, file, str(entry["dtype"]), tuple(entry["shape"]))
+            StoredTensor(name, file, str(entry["dtype"]), tuple(entry["shape"]), end - begin)
             for name, entry in header.items()
+            for begin, end in [entry["data_offsets"]]
         ]
         expected = 8 + length + max((t["data_offsets"][1] for t in header.values()), default=0)
         if expected != size:

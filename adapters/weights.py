@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,19 @@ from mlx_lm.utils import load_model as load_mlx_model
 
 from draftloom.contracts import LoadedModel
 from draftloom.errors import ModelError
+from draftloom.memory import WeightEstimate
 from draftloom.model_info import ModelInfo
 
 from .hub import Hub, again, check_config
-from .weight_files import StoredTensor, check_weight_files, explain, file_of
+from .weight_files import INDEX, StoredTensor, check_weight_files, explain, file_of, read_header
 
-__all__ = ["SMALL_MODEL", "compute_dtype", "load"]
+__all__ = ["SMALL_MODEL", "compute_dtype", "estimate", "load"]
 
 SMALL_MODEL = 1_000_000_000
 """Parameters below which a model is unpacked, and `auto` chooses the type by the device."""
 GROUP_BYTES = 2**28
 """Weights that are read from disk at once."""
+_FLOATS = {"F32": mx.float32, "BF16": mx.bfloat16, "F16": mx.float16}
 BYTE_NAN = 255
 """The scale of mxfp4, mxfp8 and nvfp4 that is no number."""
 
@@ -70,6 +73,55 @@ def load(model: ModelInfo, dtype: str) -> LoadedModel | None:
             "download it again, or convert it again" if stored is None else again(stored.file),
         )
     return LoadedModel(module, _tokenizer(model.path, config))
+
+
+def estimate(model: ModelInfo, dtype: str) -> WeightEstimate | None:
+    """What `load` will hold of a folder; None for what is not there (yet), or no folder."""
+    if model.path is None:
+        return None
+    tensors = [t for file in model.path.glob("model*.safetensors") for t in read_header(file)]
+    told = _size_in_index(model.path)
+    if told > sum(t.size for t in tensors):  # not (all) downloaded yet
+        return WeightEstimate(told, compute_dtype(dtype, SMALL_MODEL) or mx.bfloat16)
+    if not tensors:
+        return None
+    packed = {t.name.removesuffix(".scales") for t in tensors if t.name.endswith(".scales")}
+    settings = model.config.get("quantization") or {}
+    parameters = sum(_count(t, packed, settings) for t in tensors)
+    target = compute_dtype(dtype, parameters)
+    unpack = target is not None and parameters < SMALL_MODEL
+    stored = next((_FLOATS[t.dtype] for t in tensors if t.dtype in _FLOATS), mx.bfloat16)
+    size = 0
+    for tensor in tensors:
+        stem, _, kind = tensor.name.rpartition(".")
+        if unpack and stem in packed and kind in ("weight", "scales", "biases"):
+            size += _count(tensor, packed, settings) * target.size  # type: ignore[union-attr]
+        elif target is not None and tensor.dtype in _FLOATS:
+            size += math.prod(tensor.shape) * target.size
+        else:
+            size += tensor.size
+    return WeightEstimate(size, target or stored)
+
+
+def _size_in_index(path: Path) -> int:
+    """Bytes of all shards as the index tells; 0 where it does not."""
+    try:
+        index = json.loads((path / INDEX).read_text(encoding="utf-8"))
+        return int(index["metadata"]["total_size"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def _count(tensor: StoredTensor, packed: set[str], settings: Mapping[str, Any]) -> int:
+    """Parameters that a tensor stands for; scales and biases of a packed one stand for none."""
+    stem, _, kind = tensor.name.rpartition(".")
+    if stem not in packed:
+        return math.prod(tensor.shape)
+    if kind != "weight":
+        return 0
+    own = settings.get(stem)
+    bits = (own if isinstance(own, Mapping) else settings).get("bits", 4)
+    return math.prod(tensor.shape) * 32 // int(bits)
 
 
 def _refuse_what_needs_a_gpu(model: ModelInfo, tensors: Iterable[StoredTensor]) -> None:

@@ -14,7 +14,7 @@ from draftloom.errors import UnsupportedModelError, UsageError
 from draftloom.kv_cache import KVQuantization
 from draftloom.model_info import ModelInfo
 
-from .base import cache_kind, make_skeleton
+from .base import cache_kind, make_skeleton, sketch
 from .parts import Parts
 from .quantized_kv import why_not_quantized_kv
 from .taps import LayerTaps, TapLayer
@@ -114,6 +114,11 @@ class WholeModelAdapter:
             )
         self._parts = Parts.of(model) if info.can_tap else None
         self._taps = None if self._parts is None else _Taps(self._parts.layers)
+
+    @classmethod
+    def sketch(cls, model: ModelInfo, dtype: mx.Dtype) -> tuple[Callable[..., Any], list[Any]]:
+        """The model without weights, to be run lazily, and fresh caches."""
+        return sketch(model, dtype)
 
     @classmethod
     def why_not_quantized_kv(cls, model: ModelInfo, settings: KVQuantization) -> str:

@@ -58,6 +58,8 @@ if TYPE_CHECKING:
         DraftloomError,
         GenerationError,
         GraphError,
+        MemoryGuardWarning,
+        MemoryLimitError,
         ModelError,
         PluginError,
         Problem,
@@ -65,6 +67,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
         UsageError,
     )
+    from draftloom.estimate import MemoryEstimate
     from draftloom.events import (
         CycleEvent,
         FailureEvent,
@@ -76,6 +79,7 @@ if TYPE_CHECKING:
     from draftloom.graph import Graph, Node
     from draftloom.hookspecs import Register, hookimpl
     from draftloom.kv_cache import KVQuantization
+    from draftloom.memory import MemorySettings, MemoryUse, WeightEstimate
     from draftloom.model_info import ModelInfo
     from draftloom.pipeline import (
         Chunk,
@@ -130,6 +134,11 @@ __all__ = [
     "LoadedModel",
     "LogitsProcessor",
     "MarkovHead",
+    "MemoryEstimate",
+    "MemoryGuardWarning",
+    "MemoryLimitError",
+    "MemorySettings",
+    "MemoryUse",
     "MismatchEvent",
     "ModelError",
     "ModelInfo",
@@ -159,6 +168,7 @@ __all__ = [
     "UnsupportedModelError",
     "UsageError",
     "Verifier",
+    "WeightEstimate",
     "Width",
     "WidthPolicy",
     "WindowRule",
@@ -218,6 +228,8 @@ _EXPORTS = {
         "DraftloomError",
         "GenerationError",
         "GraphError",
+        "MemoryGuardWarning",
+        "MemoryLimitError",
         "ModelError",
         "PluginError",
         "Problem",
@@ -241,7 +253,9 @@ _EXPORTS = {
         "Register",
         "hookimpl",
     ),
+    "estimate": ("MemoryEstimate",),
     "kv_cache": ("KVQuantization",),
+    "memory": ("MemorySettings", "MemoryUse", "WeightEstimate"),
     "model_info": ("ModelInfo",),
     "pipeline": (
         "Chunk",

@@ -137,7 +137,7 @@ def stream_generate(
         max_tokens=None if max_tokens == -1 else max_tokens,
         **{name: options[name] for name in _SAMPLING if name in options},  # type: ignore
         cache=options.get("prompt_cache"),
-        prefill_chunk=options.get("prefill_step_size", 2048),
+        prefill_chunk=options.get("prefill_step_size"),
         on_prefill=options.get("prompt_progress_callback"),
     )
     return _responses(builder, prompt, chosen, draft_model)

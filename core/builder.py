@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ from draftloom.contracts import (
 )
 from draftloom.engine import EngineParts
 from draftloom.errors import UsageError
+from draftloom.estimate import MemoryEstimate, costs_of, estimate, weights_fit
 from draftloom.kv_cache import KVQuantization
+from draftloom.memory import MemorySettings
 from draftloom.mismatch import MismatchMonitor
 from draftloom.model_info import ModelInfo
 from draftloom.pipeline import Pipeline
@@ -148,6 +150,21 @@ class PipelineBuilder:
             return self._with(kv_cache=None)
         return self._with(kv_cache=KVQuantization(kv_bits, kv_group_size, quantized_kv_start))
 
+    def memory(
+        self,
+        limit_gb: float | None = None,
+        context_length: int | None = None,
+        prefill_step_size: int = 2048,
+    ) -> PipelineBuilder:
+        """How much memory may be taken (GB of 10^9 bytes; by default what the device or the host
+        has), for how many tokens there must be room before weights are loaded, and prompt tokens
+        run at once.
+
+        Raises:
+            UsageError: a value out of range.
+        """
+        return self._with(memory=MemorySettings(limit_gb, context_length, prefill_step_size))
+
     def insert(
         self, use: str, *, after: str = "", before: str = "", **options: Any
     ) -> PipelineBuilder:
@@ -177,8 +194,12 @@ class PipelineBuilder:
 
         Raises:
             ModelError, GraphError: see `check`; also weights that are missing or corrupt.
+        MemoryLimitError: the target would not fit in memory; has the numbers.
         """
         plan = self.check()
+        if self._loaded is None and not weights_fit(self.plugins, plan):
+            alone = attrs.evolve(plan.spec, drafter=ComponentSpec("none"), width=ComponentSpec())
+            plan = self._with(**attrs.asdict(alone, recurse=False)).check()
         loaded = self._loaded or self.plugins.load_model(plan.model, plan.spec.dtype)
         target: TargetAdapter = plan.adapter(loaded.model, plan.target)
         try:
@@ -188,6 +209,14 @@ class PipelineBuilder:
             target.close()
             raise
         return Pipeline(plan.spec, parts, loaded.tokenizer, plan.sampling, plan.names)
+
+    def memory_estimate(self) -> MemoryEstimate:
+        """What the pipeline would take at its `context_length`, before any weight is loaded.
+
+        Raises:
+            ModelError, GraphError: see `check`.
+        """
+        return estimate(self.plugins, self.check())
 
     def _bind(self, plan: Blueprint, target: TargetAdapter) -> EngineParts:
         context = BindContext(
@@ -220,6 +249,8 @@ class PipelineBuilder:
             hook=self.plugins.hook,
             kv_quantization=plan.spec.kv_cache,
             monitor=MismatchMonitor(plan.drafter.info),
+            memory=plan.spec.memory,
+            costs=cache(partial(costs_of, plan, target)),
         )
 
 

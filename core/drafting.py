@@ -16,6 +16,7 @@ import mlx.core as mx
 from draftloom.contracts import Draft, Drafter, DraftLaw, DraftRequest, DraftSession
 from draftloom.errors import DrafterFallbackWarning, DraftloomError, UsageError
 from draftloom.events import GenerationStats
+from draftloom.memory import UsesMemory
 from draftloom.sampling import SamplingState
 
 __all__ = ["GuardedDrafter", "UnusableDraftError", "one_line"]
@@ -82,6 +83,17 @@ class GuardedDrafter:
             return Draft.empty()
         self.drafted = proposal.width
         return usable
+
+    def drop(self, reason: str) -> None:
+        """Go on with the target alone for a reason that is not the drafter's; it was said."""
+        self._session = None
+        self._stats.fell_back = self._stats.fell_back or reason
+
+    def memory(self) -> int:
+        """Bytes that the session says it holds."""
+        if not isinstance(self._session, UsesMemory):
+            return 0
+        return sum(self._session.memory().values())
 
     def give_up(self, reason: str) -> None:
         """Go on with the target alone, and say so once."""

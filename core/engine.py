@@ -50,11 +50,14 @@ from draftloom.events import (
     PrefillEvent,
 )
 from draftloom.graph import Graph
+from draftloom.guard import Costs
 from draftloom.kv_cache import KVConversion, KVQuantization
 from draftloom.logprobs import LogprobReader
+from draftloom.memory import MemorySettings
 from draftloom.mismatch import MismatchMonitor, park
 from draftloom.processing import LogitsProcessing
 from draftloom.sampling import SamplingParams, SamplingState
+from draftloom.watch import MemoryWatch
 
 __all__ = ["Engine", "EngineParts", "EngineRequest", "Outcome"]
 
@@ -75,6 +78,8 @@ class EngineParts:
         hook: pluggy's relay, for the observing hooks.
         kv_quantization: how key/value caches are packed; None leaves them plain.
         monitor: listens whether drafter and target belong together, over all generations.
+        memory: the limit, and prompt tokens run at once.
+        costs: what a generation will need; None where that is not known.
     """
 
     graph: Graph
@@ -88,6 +93,8 @@ class EngineParts:
     hook: Any
     monitor: MismatchMonitor
     kv_quantization: KVQuantization | None = None
+    memory: MemorySettings = attrs.Factory(MemorySettings)
+    costs: Callable[[], Costs | None] = lambda: None
 
 
 @attrs.frozen(eq=False)
@@ -99,7 +106,7 @@ class EngineRequest:
         max_tokens: tokens to generate, at least one; None is up to the context limit.
         sampling: parameters.
         eos_token_ids: tokens that end the text.
-        prefill_chunk: prompt tokens run at once.
+        prefill_chunk: prompt tokens run at once; None is what the pipeline says.
         cache: caches to go on with (they hold what came before the prompt); None makes new ones.
         cancelled: polled once a cycle; True ends the text there.
         on_prefill: told (tokens done, tokens of the prompt) after every chunk.
@@ -111,7 +118,7 @@ class EngineRequest:
     max_tokens: int | None
     sampling: SamplingParams
     eos_token_ids: frozenset[int] = frozenset()
-    prefill_chunk: int = 2048
+    prefill_chunk: int | None = None
     cache: list[Any] | None = None
     cancelled: Callable[[], bool] | None = None
     on_prefill: Callable[[int, int], None] | None = None
@@ -133,8 +140,6 @@ class Engine:
         self._request = request
         self._vocab_size = parts.target.info.vocab_size
         request.sampling.check_vocabulary(self._vocab_size)
-        if request.prefill_chunk < 1:
-            raise UsageError(f"prefill_chunk must be at least 1, got {request.prefill_chunk}")
         self.sampling = SamplingState(request.sampling)
         self._scores: LogprobReader | None = None
         if request.logprobs is not None:
@@ -145,6 +150,7 @@ class Engine:
         self.stats = GenerationStats(
             prompt_tokens=len(request.prompt), mismatch=parts.monitor.message
         )
+        self._past = max((getattr(entry, "offset", 0) for entry in self.cache), default=0)
         self._limit = self._token_limit()
         self._emitted: list[int] = []
         self._processing = LogitsProcessing(request.sampling, request.prompt, self._emitted)
@@ -152,6 +158,8 @@ class Engine:
         self._max_width = UNLIMITED_WIDTH if widest is None else widest
         self._plan = parts.graph.compile(self._calls())
         self._drafter = GuardedDrafter(parts.drafter, self._vocab_size, self.stats)
+        self._watch = MemoryWatch(parts, self.cache, self._conversion, self._drafter)
+        self._watch.prepare(request.prefill_chunk, self._cancelled, request.on_prefill)
         self._speculation: Speculation | None = None
         self._anchor = request.prompt[-1]
         self._clock = time.perf_counter()
@@ -172,7 +180,7 @@ class Engine:
     def _token_limit(self) -> int:
         limit = self._parts.target.info.context_limit
         prompt, wanted = len(self._request.prompt), self._request.max_tokens
-        past = max((getattr(entry, "offset", 0) for entry in self.cache), default=0)
+        past = self._past
         if not prompt:
             raise UsageError("the prompt is empty", "give at least one token")
         outside = [t for t in self._request.prompt if not 0 <= t < self._vocab_size]
@@ -272,6 +280,7 @@ class Engine:
         if not self._finished:
             self._finished = True
             self._conversion.settle()
+            self.stats.memory = self._watch.report()
             self._parts.hook.generation_finished(event=self.stats)
 
     def logits_row(self, index: int) -> mx.array:
@@ -281,28 +290,11 @@ class Engine:
 
     def _prefill(self) -> bool:
         """Run all of the prompt but its last token; False where it was cancelled."""
-        parts, prompt = self._parts, self._request.prompt
-        self._drafter.open(DraftRequest((prompt,), self.sampling, self._vocab_size))
-        report = self._request.on_prefill or (lambda done, total: None)
-        total = len(prompt)
-        report(0, total)
-        for start in range(0, total - 1, self._request.prefill_chunk):
-            if self._cancelled():
-                return False
-            chunk = prompt[start : min(start + self._request.prefill_chunk, total - 1)]
-            try:
-                self._conversion.before_pass()
-                features = parts.target.forward(mx.array([chunk]), self.cache).features
-                self._conversion.settle()
-                mx.eval([entry.state for entry in self.cache])
-            except Exception as error:
-                raise GenerationError(
-                    f"the target failed on the prompt: {one_line(error)}"
-                ) from error
-            self._drafter.observe(chunk, features)
-            report(start + len(chunk), total)
-            mx.clear_cache()
-        return True
+        request, prompt = self._request, len(self._request.prompt)
+        wanted = CLEAR_CACHE_TOKENS if request.max_tokens is None else self._limit
+        if self._watch.begin(self._past + prompt, wanted):
+            self._drafter.open(DraftRequest((request.prompt,), self.sampling, self._vocab_size))
+        return self._watch.prefill.run(request.prompt, self._past)
 
     def _cancelled(self) -> bool:
         return self._request.cancelled is not None and self._request.cancelled()
@@ -341,6 +333,7 @@ class Engine:
         self._speculation = None
         for step in self._plan.verify:
             step()
+        self._watch.weigh(self._speculation)
         for step in self._plan.settle:
             step()
 
@@ -405,6 +398,9 @@ class Engine:
         before = self.stats.generated_tokens - len(event.token_ids)
         if self.stats.generated_tokens // CLEAR_CACHE_TOKENS != before // CLEAR_CACHE_TOKENS:
             mx.clear_cache()
+            position = self._past + self.stats.prompt_tokens + self.stats.generated_tokens
+            ahead = min(CLEAR_CACHE_TOKENS, self._limit - self.stats.generated_tokens)
+            return self._watch.look(position, ahead)
         return None
 
     # --- the calls that the graph's nodes are bound to ---------------------------------------

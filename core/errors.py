@@ -18,6 +18,8 @@ __all__ = [
     "DraftloomError",
     "GenerationError",
     "GraphError",
+    "MemoryGuardWarning",
+    "MemoryLimitError",
     "ModelError",
     "PluginError",
     "Problem",
@@ -82,6 +84,10 @@ class UnsupportedModelError(ModelError):
     """A model that no adapter claims."""
 
 
+class MemoryLimitError(DraftloomError):
+    """More memory would be needed than the process may take; has the numbers."""
+
+
 class PluginError(DraftloomError):
     """A plugin that cannot be imported or registers what it must not; names its distribution."""
 
@@ -142,3 +148,7 @@ class DrafterFallbackWarning(UserWarning):
 class DrafterMismatchWarning(UserWarning):
     """Said once: acceptance says that drafter and target do not belong together. The text is
     unaffected."""
+
+
+class MemoryGuardWarning(UserWarning):
+    """Memory is short, and something was made smaller for it. The text is unaffected."""

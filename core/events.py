@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 import attrs
 
+from draftloom.memory import MemoryUse
+
 __all__ = [
     "CycleEvent",
     "FailureEvent",
@@ -195,6 +197,7 @@ class GenerationStats:
         decode_seconds: first token to last.
         fell_back: why the drafter was given up; empty while it works.
         mismatch: the mismatch alarm of the pipeline; empty where it did not ring.
+        memory: what was held, in bytes; None until the generation has ended.
     """
 
     prompt_tokens: int = 0
@@ -210,6 +213,7 @@ class GenerationStats:
     decode_seconds: float = 0.0
     fell_back: str = ""
     mismatch: str = ""
+    memory: MemoryUse | None = None
 
     def add(self, event: CycleEvent) -> None:
         """Count one cycle. A cycle that was cancelled committed nothing and is not counted."""

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         PrefillEvent,
     )
     from draftloom.graph import Graph
+    from draftloom.memory import WeightEstimate
     from draftloom.model_info import ModelInfo
     from draftloom.spec import ComponentSpec
 
@@ -117,6 +118,15 @@ def load_model(model: ModelInfo, dtype: str) -> LoadedModel | None:
     """Load weights and tokenizer of a model folder.
 
     Called after the graph has passed every check. `dtype` is ``auto`` or a type's name.
+    """
+
+
+@hookspec(firstresult=True)
+def estimate_weights(model: ModelInfo, dtype: str) -> WeightEstimate | None:
+    """What the weights of a model folder will take once `load_model` has loaded them.
+
+    Called before anything is loaded, for the target and for folders that a drafter names. None:
+    not known; nothing is counted then.
     """
 
 

@@ -46,7 +46,7 @@ class GenerateOptions:
         stop: strings that end the text.
         ignore_eos: go on past end-of-sequence tokens (for benchmarks).
         thinking: for chat templates that have the switch; None is the template's default.
-        prefill_chunk: prompt tokens run at once.
+        prefill_chunk: prompt tokens run at once; None is the pipeline's `prefill_step_size`.
         cache: the target's caches to go on with; the prompt is what follows them.
         cancelled: polled once a cycle; True ends the text there.
         on_prefill: told (tokens done, tokens of the prompt).
@@ -75,7 +75,7 @@ class GenerateOptions:
     stop: tuple[str, ...] = attrs.field(default=(), converter=_stop)
     ignore_eos: bool = False
     thinking: bool | None = None
-    prefill_chunk: int = 2048
+    prefill_chunk: int | None = None
     cache: list[Any] | None = None
     cancelled: Callable[[], bool] | None = None
     on_prefill: Callable[[int, int], None] | None = None
@@ -113,7 +113,7 @@ class OptionNames(TypedDict, total=False):
     stop: str | Sequence[str]
     ignore_eos: bool
     thinking: bool | None
-    prefill_chunk: int
+    prefill_chunk: int | None
     cache: list[Any] | None
     cancelled: Callable[[], bool] | None
     on_prefill: Callable[[int, int], None] | None
@@ -186,6 +186,7 @@ class GenerationResult:
             "decode_tokens_per_second": stats.decode_tokens_per_second,
             "fell_back": stats.fell_back,
             "mismatch": stats.mismatch,
+            "memory": None if stats.memory is None else stats.memory.as_dict(),
             "seed": self.seed,
             "lossless": self.lossless,
             "pipeline": self.pipeline,

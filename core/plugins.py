@@ -31,6 +31,7 @@ from draftloom.model_info import ModelInfo
 if TYPE_CHECKING:
     from draftloom.checkpoint import DrafterDescription
     from draftloom.graph import Graph
+    from draftloom.memory import WeightEstimate
     from draftloom.spec import ComponentSpec
 
 __all__ = ["KINDS", "Component", "PluginInfo", "PluginManager", "canonical"]
@@ -324,6 +325,10 @@ class PluginManager:
         if loaded is None:
             raise UnsupportedModelError(f"no plugin loads the weights of {model.name!r}")
         return loaded  # type: ignore[no-any-return]
+
+    def estimate_weights(self, model: ModelInfo, dtype: str) -> WeightEstimate | None:
+        """What the weights of a model will take; None where nobody knows."""
+        return self.hook.estimate_weights(model=model, dtype=dtype)  # type: ignore[no-any-return]
 
     def adapter_for(self, model: ModelInfo) -> Component:
         """The adapter that serves a model.

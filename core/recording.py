@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import attrs
 import mlx.core as mx
 
 __all__ = ["RecordingEntry"]
@@ -46,6 +47,14 @@ class RecordingEntry:
         """
         self.tapes.append(tape)
         self.windows.append(windows)
+
+    @property
+    def recorded_bytes(self) -> int:
+        """Bytes of the tapes and windows recorded so far."""
+        tapes = [attrs.asdict(t, recurse=False) for t in self.tapes if attrs.has(type(t))]
+        arrays = [window for windows in self.windows for window in windows]
+        arrays += [value for tape in tapes for value in tape.values()]
+        return sum(a.nbytes for a in arrays if isinstance(a, mx.array))
 
     def __getitem__(self, index: int) -> Any:
         return self.slots[index]

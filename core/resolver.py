@@ -61,6 +61,7 @@ class Blueprint:
         adapter, drafter, verifier, acceptance, width, rollbacks, nodes: the components made
             (adapter: its class; rollbacks: by cache kind; nodes: by node name).
         names: names of target, adapter, drafter, verifier, acceptance, rollback, width.
+        folders: model folders that the drafter's options name.
         sampling: default sampling parameters.
     """
 
@@ -77,6 +78,7 @@ class Blueprint:
     nodes: Mapping[str, CycleNode]
     names: dict[str, str]
     sampling: SamplingParams
+    folders: tuple[Path, ...] = ()
 
 
 class Resolver:
@@ -90,6 +92,7 @@ class Resolver:
         self.loaded = loaded
         self.problems: list[Problem] = []
         self._auto: ComponentSpec | None = None
+        self._folders: list[Path] = []
 
     def blueprint(self) -> Blueprint:
         model = self._model()
@@ -125,6 +128,7 @@ class Resolver:
             rollbacks=rollbacks,
             nodes=nodes,
             sampling=sampling or SamplingParams(),
+            folders=tuple(dict.fromkeys(self._folders)),
             names=_names(target, drafter, verifier, acceptance, rollbacks, width),
         )
 
@@ -197,6 +201,7 @@ class Resolver:
             given = options.get(name)
             if isinstance(given, str):
                 options[name] = self.plugins.locate_model(given)
+                self._folders.append(options[name])
             if name in info.checkpoint_options and isinstance(options.get(name), Path):
                 model = ModelInfo.from_path(options[name], str(given))
                 options[name] = self.plugins.describe_checkpoint(model) or options[name]

@@ -16,6 +16,7 @@ import attrs
 
 from draftloom.errors import GraphError, Problem, UsageError, did_you_mean
 from draftloom.kv_cache import KVQuantization
+from draftloom.memory import MemorySettings
 
 __all__ = ["ComponentSpec", "InsertSpec", "PipelineSpec"]
 
@@ -133,6 +134,7 @@ class PipelineSpec:
             ``fixed`` at the drafter's default.
         sampling: default sampling parameters, pairs of name and value.
         kv_cache: how the target's key/value caches are packed; None leaves them plain.
+        memory: the limit, the length to make room for, prompt tokens run at once.
         inserts: nodes of the user's own.
     """
 
@@ -145,6 +147,7 @@ class PipelineSpec:
     width: ComponentSpec = ComponentSpec()
     kv_cache: KVQuantization | None = None
     sampling: tuple[tuple[str, Any], ...] = ()
+    memory: MemorySettings = attrs.Factory(MemorySettings)
     inserts: tuple[InsertSpec, ...] = ()
 
     @classmethod
@@ -203,6 +206,8 @@ class PipelineSpec:
             lines.append(f"sampling = {_toml(_sampling_table(self.sampling))}")
         if self.kv_cache is not None:
             lines.append(f"kv_cache = {_toml(self.kv_cache.as_data())}")
+        if self.memory != default.memory:
+            lines.append(f"memory = {_toml(self.memory.as_data())}")
         for insert in self.inserts:
             table = insert.component.as_data()
             table = {"use": table} if isinstance(table, str) else table
@@ -342,5 +347,6 @@ _READERS = {
     "width": _width,
     "sampling": _sampling,
     "kv_cache": KVQuantization.of,
+    "memory": MemorySettings.of,
     "insert": _inserts,
 }

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from draftloom.contracts import (
     BindContext,
@@ -19,6 +20,7 @@ from draftloom.contracts import (
     TargetInfo,
 )
 from draftloom.errors import ModelError, Problem
+from draftloom.memory import CacheCost, cache_bytes, cache_costs, module_bytes
 from draftloom.model_info import ModelInfo
 from draftloom.sampling import SamplingState, log_probs, target_law
 
@@ -53,6 +55,7 @@ class AutoregressiveDrafter:
         self._path = model if isinstance(model, Path) else None
         self._model: TargetAdapter | None = None if isinstance(model, Path) else model
         self._open_speculation: Callable[[list[Any], mx.array], Speculation] | None = None
+        self._costs: tuple[CacheCost, ...] = ()
 
     def check(self, target: TargetInfo) -> Iterable[Problem]:
         """The vocabularies must be one."""
@@ -72,6 +75,16 @@ class AutoregressiveDrafter:
         if self._model is None:
             raise ModelError("the autoregressive drafter has no model")
         self._open_speculation = context.open_rollback(self._model)
+        if isinstance(self._model.model, nn.Module):
+            self._costs, _ = cache_costs(self._model.forward, self._model.make_cache(), None)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of the draft model's weights; nothing before it is loaded."""
+        return {} if self._model is None else {"weights": module_bytes(self._model.model)}
+
+    def context_bytes(self, tokens: int) -> int:
+        """Bytes of the draft model's caches; 0 before it is loaded."""
+        return sum(cost.at(tokens) for cost in self._costs)
 
     def open(self, request: DraftRequest) -> AutoregressiveSession:
         """Begin a generation.
@@ -114,6 +127,10 @@ class AutoregressiveSession:
             self._speculation.commit((kept - 1,))
             self._speculation = None
         self._pending.extend(tokens[kept:])
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of the draft model's caches."""
+        return {"context": sum(map(cache_bytes, self._cache))}
 
     def propose(self, anchor: mx.array, width: int, sampling: SamplingState) -> Draft:
         """Up to `width` tokens after the anchor [1]; above temperature 0 with their q rows."""

@@ -21,6 +21,7 @@ from draftloom.contracts import (
     TargetInfo,
 )
 from draftloom.errors import Problem
+from draftloom.memory import KeepsContext, UsesMemory
 from draftloom.sampling import SamplingState
 
 __all__ = ["CascadeDrafter"]
@@ -75,6 +76,16 @@ class CascadeDrafter:
             if isinstance(stage, Bindable):
                 stage.bind(context)
 
+    def memory(self) -> dict[str, int]:
+        """Bytes of the weights of all stages."""
+        held = [stage.memory() for stage in self._stages if isinstance(stage, UsesMemory)]
+        return {"weights": sum(sum(part.values()) for part in held)}
+
+    def context_bytes(self, tokens: int) -> int:
+        """Bytes that the sessions of all stages hold for so many tokens."""
+        stages = [stage for stage in self._stages if isinstance(stage, KeepsContext)]
+        return sum(stage.context_bytes(tokens) for stage in stages)
+
     def open(self, request: DraftRequest) -> _Session:
         """Begin a generation."""
         limits = [stage.info.max_width for stage in self._stages]
@@ -91,6 +102,10 @@ class _Session:
     def observe(self, committed: Sequence[Sequence[int]], features: mx.array | None) -> None:
         for session in self._sessions:
             session.observe(committed, features)
+
+    def memory(self) -> dict[str, int]:
+        held = [session.memory() for session in self._sessions if isinstance(session, UsesMemory)]
+        return {"context": sum(sum(part.values()) for part in held)}
 
     def propose(self, anchor: mx.array, width: int, sampling: SamplingState) -> Draft:
         for session, limit in zip(self._sessions, self._limits, strict=True):

@@ -33,6 +33,7 @@ from .dflash.block import (
     BlockContext,
     BlockOptions,
     LoadedDrafter,
+    context_bytes,
     described,
     load_drafter,
     with_taps,
@@ -175,6 +176,14 @@ class DSparkDrafter:
         """
         self._loaded = load_drafter(self.description, context, DSparkModel, self._options)
 
+    def memory(self) -> dict[str, int]:
+        """Bytes of the weights; nothing before they are loaded."""
+        return {} if self._loaded is None else self._loaded.memory()
+
+    def context_bytes(self, tokens: int) -> int:
+        """Bytes that a session holds for so many tokens."""
+        return context_bytes(self.description, self._options, self._loaded, tokens)
+
     def open(self, request: DraftRequest) -> DSparkSession:
         """Begin a generation.
 
@@ -202,6 +211,10 @@ class DSparkSession:
             ValueError: no features, or rows of different lengths.
         """
         self._context.observe(committed, features)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of the context."""
+        return self._context.memory()
 
     def propose(self, anchor: mx.array, width: int, sampling: SamplingState) -> Draft:
         """`width` tokens [B, width] after the anchor [B]; above temperature 0 with their q rows."""

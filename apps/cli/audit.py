@@ -10,6 +10,7 @@ import typer
 
 from draftloom.errors import UsageError
 
+from .memory_options import KvBitsOption, KvGroupSizeOption, QuantizedKvStartOption
 from .offline import OfflineOption
 from .options import (
     AcceptanceOption,
@@ -20,11 +21,8 @@ from .options import (
     DrafterWindowOption,
     DtypeOption,
     JsonOption,
-    KvBitsOption,
-    KvGroupSizeOption,
     PipelineFlags,
     PipelineOption,
-    QuantizedKvStartOption,
     RollbackOption,
     TargetOption,
     VerifierOption,

@@ -10,6 +10,14 @@ import typer
 from draftloom.errors import UsageError
 
 from .generation import GenerationSinks, build, run_generation
+from .memory_options import (
+    ContextLengthOption,
+    KvBitsOption,
+    KvGroupSizeOption,
+    MemoryLimitOption,
+    PrefillStepSizeOption,
+    QuantizedKvStartOption,
+)
 from .offline import OfflineOption
 from .options import (
     AcceptanceOption,
@@ -19,12 +27,9 @@ from .options import (
     DrafterSinksOption,
     DrafterWindowOption,
     DtypeOption,
-    KvBitsOption,
-    KvGroupSizeOption,
     MinPOption,
     PipelineFlags,
     PipelineOption,
-    QuantizedKvStartOption,
     RollbackOption,
     SeedOption,
     StopOption,
@@ -96,6 +101,9 @@ def chat(
     kv_bits: KvBitsOption = None,
     kv_group_size: KvGroupSizeOption = None,
     quantized_kv_start: QuantizedKvStartOption = None,
+    memory_limit: MemoryLimitOption = None,
+    context_length: ContextLengthOption = None,
+    prefill_step_size: PrefillStepSizeOption = None,
     temperature: TemperatureOption = None,
     top_p: TopPOption = None,
     top_k: TopKOption = None,
@@ -123,6 +131,8 @@ def chat(
         rollback=rollback, block_size=block_size, pipeline=pipeline, dtype=dtype,
         temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed,
         kv_bits=kv_bits, kv_group_size=kv_group_size, quantized_kv_start=quantized_kv_start,
+        memory_limit=memory_limit, context_length=context_length,
+        prefill_step_size=prefill_step_size,
         xtc_probability=xtc_probability, xtc_threshold=xtc_threshold,
         xtc_special_tokens=xtc_special_tokens, repetition_penalty=repetition_penalty,
         repetition_context_size=repetition_context_size, presence_penalty=presence_penalty,

@@ -10,8 +10,16 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import typer
 
+from .memory_options import (
+    ContextLengthOption,
+    KvBitsOption,
+    KvGroupSizeOption,
+    MemoryLimitOption,
+    PrefillStepSizeOption,
+    QuantizedKvStartOption,
+)
 from .offline import OfflineOption
-from .options import JsonOption, TargetOption
+from .options import DrafterOption, DtypeOption, JsonOption, PipelineFlags, TargetOption
 from .state import state_of
 
 if TYPE_CHECKING:
@@ -25,6 +33,8 @@ DISTRIBUTIONS = (
 )  # fmt: skip
 OPERATIONS = ("verify", "replay", "replay_verify", "prefill")
 BLOCK, PROMPT = 16, 512
+CONTEXT = 4096
+"""Tokens that memory is counted for where nobody says."""
 
 
 @attrs.frozen
@@ -47,16 +57,30 @@ class KernelChoice:
 def doctor(
     context: typer.Context,
     target: TargetOption = None,
+    drafter: DrafterOption = None,
     offline: OfflineOption = False,
+    dtype: DtypeOption = None,
+    kv_bits: KvBitsOption = None,
+    kv_group_size: KvGroupSizeOption = None,
+    quantized_kv_start: QuantizedKvStartOption = None,
+    memory_limit: MemoryLimitOption = None,
+    context_length: ContextLengthOption = None,
+    prefill_step_size: PrefillStepSizeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what is installed, what runs here, and which kernels a target would use, and why."""
+    """Say what is installed, what runs here, which kernels a target would use, and why, and how
+    much memory each part would take at a context length. Loads no weights."""
     plugins = state_of(context).plugins
-    report = _report(plugins, target or "")
+    flags = PipelineFlags(
+        target=target, drafter=drafter, dtype=dtype, kv_bits=kv_bits, kv_group_size=kv_group_size,
+        quantized_kv_start=quantized_kv_start, memory_limit=memory_limit,
+        context_length=context_length or CONTEXT, prefill_step_size=prefill_step_size,
+    )  # fmt: skip
+    report = _report(plugins, target or "", flags)
     typer.echo(json.dumps(report, indent=2) if as_json else _describe(report))
 
 
-def _report(plugins: PluginManager, target: str) -> dict[str, Any]:
+def _report(plugins: PluginManager, target: str, flags: PipelineFlags) -> dict[str, Any]:
     from draftloom.model_info import ModelInfo
 
     path = plugins.locate_model(target)
@@ -81,6 +105,7 @@ def _report(plugins: PluginManager, target: str) -> dict[str, Any]:
                 for kind in sorted(set(info.cache_kinds))
             },
         },
+        "memory": _memory(plugins, flags, known=drafter is not None),
         "kernels": {
             "registered": {c.name: c.info.summary for c in plugins.components("kernel")},
             "choices": [attrs.asdict(choice) for choice in kernel_choices(model)],
@@ -91,6 +116,13 @@ def _report(plugins: PluginManager, target: str) -> dict[str, Any]:
             if p.distribution != "draftloom"
         ],
     }
+
+
+def _memory(plugins: PluginManager, flags: PipelineFlags, *, known: bool) -> dict[str, Any]:
+    """What the target would take with its drafter, or alone where none is known."""
+    if flags.drafter is None and not known:
+        flags = attrs.evolve(flags, drafter="none")
+    return flags.builder(plugins).memory_estimate().as_dict()
 
 
 def _versions() -> dict[str, str]:
@@ -204,6 +236,7 @@ def _describe(report: dict[str, Any]) -> str:
         f"  drafter       {_drafter(target['drafter'])}",
         f"  rollback      {rollbacks}",
         f"  context       {target['context_limit'] or 'not stated'}",
+        *_memory_lines(report["memory"]),
         "kernels",
     ]
     for choice in report["kernels"]["choices"]:
@@ -214,6 +247,25 @@ def _describe(report: dict[str, Any]) -> str:
     lines += [f"  registered: {n}: {s}" for n, s in report["kernels"]["registered"].items()]
     lines += ["third-party plugins", *(f"  {p}" for p in report["plugins"] or ["none"])]
     return "\n".join(lines)
+
+
+def _memory_lines(memory: dict[str, Any]) -> list[str]:
+    from draftloom.memory import size_text
+
+    names = {
+        "target_weights": "target",
+        "drafter_weights": "drafter",
+        "caches": "caches",
+        "drafter_context": "context",
+        "prefill": "prompt chunk",
+        "total": "total",
+        "limit": "limit",
+    }
+    lines = [f"memory, at {memory['context_length']} tokens"]
+    for key, name in names.items():
+        shown = "not known" if memory[key] is None else size_text(memory[key])
+        lines.append(f"  {name:<14}{shown}")
+    return lines
 
 
 def _drafter(found: Any) -> str:

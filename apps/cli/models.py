@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +15,7 @@ from .options import JsonOption
 if TYPE_CHECKING:
     from draftloom.adapters.hub import Stored
 
-__all__ = ["Row", "device_memory", "models", "rows"]
-
-MEMORY_KEYS = ("max_recommended_working_set_size", "total_memory", "memory_size")
-"""What `mx.device_info` calls the memory that a model may take, by backend."""
-CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
+__all__ = ["Row", "models", "rows"]
 
 
 @attrs.frozen
@@ -81,6 +76,7 @@ def models(context: typer.Context, as_json: JsonOption = False) -> None:
     """
     from draftloom.adapters.hub import Hub
     from draftloom.adapters.registry import user_file
+    from draftloom.memory import device_memory
 
     root = Hub().cache_root
     memory, found = device_memory(), list(rows(root))
@@ -133,25 +129,6 @@ def _stored(reference: str, root: Path) -> Stored | None:
         return stored(folder)
     repository = Repository.parse(reference)
     return None if repository is None else cached(repository, root)
-
-
-def device_memory() -> int | None:
-    """Bytes that models may take on the device that is used; None where nothing says."""
-    import mlx.core as mx
-
-    if mx.default_device() != mx.Device(mx.cpu):
-        details = mx.device_info()
-        found = next((details[key] for key in MEMORY_KEYS if key in details), None)
-        if found is not None:
-            return int(found)
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
-        return None
-    try:
-        return min(memory, int(CONTAINER_LIMIT.read_text()))
-    except (OSError, ValueError):  # no container, or one without a limit
-        return memory
 
 
 def _state(model: Stored | None) -> str:

@@ -27,13 +27,10 @@ __all__ = [
     "DrafterWindowOption",
     "DtypeOption",
     "JsonOption",
-    "KvBitsOption",
-    "KvGroupSizeOption",
     "MinPOption",
     "ParkOption",
     "PipelineFlags",
     "PipelineOption",
-    "QuantizedKvStartOption",
     "RollbackOption",
     "SeedOption",
     "StopOption",
@@ -51,7 +48,6 @@ __all__ = [
 ]
 
 PARTS = "Pipeline"
-MEMORY = "Memory"
 
 TargetOption = Annotated[
     str | None,
@@ -156,30 +152,6 @@ DtypeOption = Annotated[
         rich_help_panel=PARTS,
     ),
 ]
-KvBitsOption = Annotated[
-    int | None,
-    typer.Option(
-        metavar="BITS",
-        help="Pack the target's key/value caches: 2, 3, 4, 5, 6 or 8 bits. Default: plain.",
-        rich_help_panel=MEMORY,
-    ),
-]
-KvGroupSizeOption = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N",
-        help="Numbers of a packed cache that share a scale: 32, 64 or 128. Default: 64.",
-        rich_help_panel=MEMORY,
-    ),
-]
-QuantizedKvStartOption = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N",
-        help="Pack caches that hold at least N tokens. Default: 5000.",
-        rich_help_panel=MEMORY,
-    ),
-]
 TemperatureOption = Annotated[
     float | None,
     typer.Option(metavar="T", help="0 (default) is greedy.", rich_help_panel=SAMPLING),
@@ -227,6 +199,7 @@ class PipelineFlags:
         park: whether a width stops drafting after the mismatch alarm.
         pipeline: a pipeline file; the other options override what it says.
         kv_bits, kv_group_size, quantized_kv_start: see `KVQuantization`.
+        memory_limit, context_length, prefill_step_size: see `MemorySettings`.
         temperature .. logit_bias: sampling parameters; ``ID,ID`` and ``ID=X,ID=X`` as text.
     """
 
@@ -251,6 +224,9 @@ class PipelineFlags:
     kv_bits: int | None = None
     kv_group_size: int | None = None
     quantized_kv_start: int | None = None
+    memory_limit: float | None = None
+    context_length: int | None = None
+    prefill_step_size: int | None = None
     xtc_probability: float | None = None
     xtc_threshold: float | None = None
     xtc_special_tokens: str | None = None
@@ -294,9 +270,7 @@ class PipelineFlags:
             builder = builder.block_size(self.block_size)
         if self.width is not None:
             builder = builder.width(parse_width(self.width))
-        kv_cache = self._kv_cache(spec)
-        if kv_cache is not None:
-            builder = builder.kv_cache(**kv_cache)
+        builder = self._with_memory(builder, spec)
         if self.park is not None:
             width = builder.spec.width
             builder = builder.width(width.use, **{**dict(width.options), "park": self.park})
@@ -315,6 +289,18 @@ class PipelineFlags:
             option = "--" + next(iter(given)).replace("_", "-")
             raise UsageError(f"{option} is given without --kv-bits", "add --kv-bits 8")
         return given
+
+    def _with_memory(self, builder: PipelineBuilder, spec: PipelineSpec) -> PipelineBuilder:
+        kv_cache = self._kv_cache(spec)
+        if kv_cache is not None:
+            builder = builder.kv_cache(**kv_cache)
+        options: dict[str, Any] = {
+            "limit_gb": self.memory_limit,
+            "context_length": self.context_length,
+            "prefill_step_size": self.prefill_step_size,
+        }
+        given = {name: value for name, value in options.items() if value is not None}
+        return builder.memory(**{**attrs.asdict(spec.memory), **given}) if given else builder
 
     def _drafter_options(self) -> dict[str, int]:
         names = ("bits", "window", "sinks")

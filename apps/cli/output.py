@@ -19,6 +19,7 @@ from draftloom.errors import (
     CheckpointWarning,
     DrafterFallbackWarning,
     DrafterMismatchWarning,
+    MemoryGuardWarning,
 )
 
 if TYPE_CHECKING:
@@ -58,9 +59,14 @@ def say_note(message: str) -> None:
 
 @contextmanager
 def fallback_on_stderr() -> Iterator[None]:
-    """Say a drafter's failure, that it does not belong to the target, or keys of its checkpoint
-    that nobody read, once, as one line instead of Python's way of showing warnings."""
-    ours = (DrafterFallbackWarning, DrafterMismatchWarning, CheckpointWarning)
+    """Say a drafter's failure, that it does not belong to the target, keys of its checkpoint that
+    nobody read, or short memory, once, as one line instead of Python's way of showing warnings."""
+    ours = (
+        DrafterFallbackWarning,
+        DrafterMismatchWarning,
+        CheckpointWarning,
+        MemoryGuardWarning,
+    )
     said: set[str] = set()
     show = warnings.showwarning
 

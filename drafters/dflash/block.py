@@ -15,6 +15,7 @@ from draftloom.checkpoint import DrafterDescription
 from draftloom.contracts import BindContext, ComponentInfo, TargetAdapter
 from draftloom.drafters.formats import StoredWeights, describe_checkpoint, fill
 from draftloom.errors import CheckpointWarning, ModelError, Problem
+from draftloom.memory import CacheCost, array_bytes, cache_bytes, module_bytes
 from draftloom.model_info import ModelInfo
 
 from .context import ContextWindow
@@ -25,6 +26,7 @@ __all__ = [
     "BlockContext",
     "BlockOptions",
     "LoadedDrafter",
+    "context_bytes",
     "described",
     "embedding_factor",
     "load_drafter",
@@ -156,6 +158,11 @@ class LoadedDrafter:
     feature_dtype: mx.Dtype | None = None
     window: ContextWindow = attrs.Factory(ContextWindow)
     embedding_factor: float = 1.0
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of the weights."""
+        own = 0 if self.target_ids is None else self.target_ids.nbytes
+        return {"weights": module_bytes(self.network) + own}
 
     def features(self, taps: mx.array) -> mx.array:
         """Taps [B, T, F] rounded as those of training, in the type that the network computes in."""
@@ -299,6 +306,26 @@ def load_drafter(
     )
 
 
+def context_bytes(
+    description: DrafterDescription,
+    options: BlockOptions,
+    loaded: LoadedDrafter | None,
+    tokens: int,
+) -> int:
+    """Bytes of a context of so many tokens; before the weights are loaded in the type that the
+    device computes small models in."""
+    network = DFlashModel(description) if loaded is None else loaded.network
+    if loaded is not None:
+        size = network.norm.weight.dtype.size
+    else:
+        size = 4 if mx.default_device() == mx.Device(mx.cpu) else 2
+    row = 2 * description.num_kv_heads * description.head_dim * size
+    limits = [cache.limit for cache in network.make_cache(options.window)]
+    block = description.max_width + 1  # stands behind the context while it is drafted
+    most = [None if limit is None else limit + block for limit in limits]
+    return sum(CacheCost(0, row, limit).at(tokens + block) for limit in most)
+
+
 class BlockContext:
     """The context caches of one generation. With the pending features they stand for exactly the
     committed tokens.
@@ -332,6 +359,13 @@ class BlockContext:
         """Bytes of keys, values and pending features."""
         kept = sum(entry.nbytes for entry in self._cache)
         return kept + sum(rows.nbytes for rows in self._pending)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of the context as allocated, and of the features that wait to be projected."""
+        return {
+            "context": sum(map(cache_bytes, self._cache)),
+            "features": array_bytes(self._pending),
+        }
 
     def _extend(self) -> None:
         """Append the pending features to the context."""

@@ -24,6 +24,7 @@ from .block import (
     BlockContext,
     BlockOptions,
     LoadedDrafter,
+    context_bytes,
     described,
     load_drafter,
     with_taps,
@@ -89,6 +90,14 @@ class DFlashDrafter:
         """
         self._loaded = load_drafter(self.description, context, options=self._options)
 
+    def memory(self) -> dict[str, int]:
+        """Bytes of the weights; nothing before they are loaded."""
+        return {} if self._loaded is None else self._loaded.memory()
+
+    def context_bytes(self, tokens: int) -> int:
+        """Bytes that a session holds for so many tokens."""
+        return context_bytes(self.description, self._options, self._loaded, tokens)
+
     def open(self, request: DraftRequest) -> DFlashSession:
         """Begin a generation.
 
@@ -114,6 +123,10 @@ class DFlashSession:
             ValueError: no features, or rows of different lengths.
         """
         self._context.observe(committed, features)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of the context."""
+        return self._context.memory()
 
     def propose(self, anchor: mx.array, width: int, sampling: SamplingState) -> Draft:
         """`width` tokens [B, width] after the anchor [B], from one pass over [anchor, MASK ..]."""

@@ -62,7 +62,13 @@ _WIDE_MLA = {"kv_lora_rank": 32, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32,
 
 
 def _config(name: str, **changes: Any) -> ModelInfo:
-    known = models.FAMILIES | families_more.MORE | families_more.GENERIC | families_more.RECURRENT
+    known = (
+        models.FAMILIES
+        | families_more.MORE
+        | families_more.GENERIC
+        | families_more.RECURRENT
+        | families_more.RECURRENT
+    )
     return ModelInfo(name, None, {**known[name].config, **changes})
 
 

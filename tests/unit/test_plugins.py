@@ -478,6 +478,11 @@ class RecordingPlugin:
         return LoadedModel(tiny(), None)
 
     @hookimpl
+    def estimate_weights(self, model: ModelInfo, dtype: str) -> draftloom.WeightEstimate:
+        self._note((model.name, dtype))
+        return draftloom.WeightEstimate(1000, mx.float32)
+
+    @hookimpl
     def resolve_target_adapter(self, model: ModelInfo) -> str:
         self._note(model.model_type)
         return "attention"
@@ -603,6 +608,7 @@ def test_every_hook_is_called(recording: RecordingPlugin, tmp_path: Path) -> Non
     assert set(calls) == set(HOOKS)
     assert calls["locate_model"][0] == "recording:tiny"
     assert calls["load_model"][0] == ("recording:tiny", "auto")
+    assert calls["estimate_weights"][0] == ("recording:tiny", "auto")
     assert calls["resolve_target_adapter"][0] == ATTENTION["model_type"]
     assert set(calls["resolve_cache_rollback"]) == {CacheKind.ATTENTION}
     assert calls["resolve_drafter"][0] == "recording:tiny"
