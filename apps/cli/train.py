@@ -14,11 +14,12 @@ import typer
 from draftloom.errors import UsageError
 
 from .options import DtypeOption, TargetOption
-from .output import error_console, fallback_on_stderr, say_note
+from .output import fallback_on_stderr, say_note
 from .state import state_of
+from .train_screen import Screen
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from draftloom.apps.train.responses import ResponseSettings
 
 __all__ = ["parse_bytes", "train_app"]
 
@@ -174,6 +175,21 @@ def drafter(
     weighting: Annotated[
         str, typer.Option(metavar="NAME", help="decay or d-pace.", rich_help_panel=TRAINING)
     ] = "decay",
+    gamma: Annotated[
+        float | None,
+        typer.Option(
+            metavar="G",
+            help="Of decay: weights exp(-(k-1)/G). Default: 7, 5, 4 for blocks of 16, 10, 8.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
+    weight_decay: Annotated[
+        float, typer.Option(metavar="R", help="Of the optimizer.", rich_help_panel=TRAINING)
+    ] = 0.01,
+    clip: Annotated[
+        float,
+        typer.Option(metavar="R", help="Norm of the gradient at most.", rich_help_panel=TRAINING),
+    ] = 1.0,
     compute: Annotated[
         str | None,
         typer.Option(
@@ -222,29 +238,36 @@ def drafter(
         ),
     ] = None,
     response_tokens: Annotated[
-        int, typer.Option(metavar="N", help="At most, of each.", rich_help_panel=RESPONSES)
-    ] = 256,
-    prompt_tokens: Annotated[
-        int,
+        int | None,
         typer.Option(
-            metavar="N", help="Of a prompt cut out of plain text.", rich_help_panel=RESPONSES
+            metavar="N", help="At most, of each. Default: 256.", rich_help_panel=RESPONSES
         ),
-    ] = 64,
+    ] = None,
+    prompt_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Of a prompt cut out of plain text. Default: 64.",
+            rich_help_panel=RESPONSES,
+        ),
+    ] = None,
     max_responses: Annotated[
         int | None,
         typer.Option(metavar="N", help="Default: one for every prompt.", rich_help_panel=RESPONSES),
     ] = None,
     temperature: Annotated[
-        float, typer.Option(metavar="T", help="0 is greedy.", rich_help_panel=RESPONSES)
-    ] = 0.0,
+        float | None,
+        typer.Option(metavar="T", help="Default: 0, greedy.", rich_help_panel=RESPONSES),
+    ] = None,
     response_batch: Annotated[
-        int,
+        int | None,
         typer.Option(
             metavar="N",
-            help="Responses at once. On CUDA, 128 have been seen to crash with a hybrid target.",
+            help="Responses at once. Default: 32. On CUDA, 128 have been seen to crash with a "
+            "hybrid target.",
             rich_help_panel=RESPONSES,
         ),
-    ] = 32,
+    ] = None,
     held_out: Annotated[
         float, typer.Option(metavar="S", help="Share of documents.", rich_help_panel=MEASURING)
     ] = 0.05,
@@ -280,14 +303,14 @@ def drafter(
     tap_layers, budget = parse_taps(taps), parse_bytes(features_budget)
     from draftloom.apps.train.design import DrafterDesign
     from draftloom.apps.train.loop import TrainRequest
-    from draftloom.apps.train.responses import ResponseSettings
     from draftloom.apps.train.settings import TrainSettings
 
     settings = TrainSettings(
         steps=1000 if steps is None and max_minutes is None else steps, max_minutes=max_minutes,
         batch=batch, accumulate=accumulate, context=context_length, anchors=anchors,
         optimizer=optimizer, learning_rate=learning_rate, recompute=recompute,
-        warmup=warmup, loss=loss, weighting=weighting,
+        warmup=warmup, loss=loss, weighting=weighting, gamma=gamma,
+        weight_decay=weight_decay, clip=clip,
         compile=_on_gpu() if compile_step is None else compile_step,
         compute=compute or ("bfloat16" if _on_gpu() else "float32"),
         seed=seed, held_out=held_out, eval_first=eval_first, eval_every=eval_every,
@@ -295,17 +318,13 @@ def drafter(
         log_every=log_every,
     )  # fmt: skip
     settings.check(block_size or 2)
-    written = None
-    if regenerate:
-        written = ResponseSettings(
-            tokens=response_tokens, prompt_tokens=prompt_tokens, temperature=temperature,
-            batch=response_batch, limit=max_responses, seed=seed,
-        )  # fmt: skip
-        written.check()
-    elif responses is not None:
-        raise UsageError(
-            "--responses is where --regenerate writes", "give --regenerate too, or --data DIR"
-        )
+    asked = {
+        "tokens": response_tokens, "prompt_tokens": prompt_tokens, "limit": max_responses,
+        "temperature": temperature, "batch": response_batch,
+    }  # fmt: skip
+    written = _responses(regenerate, responses, seed, asked)
+    if features_budget is not None and features is None:
+        raise UsageError("--features-budget is for --features", "give a folder for them too")
     design = DrafterDesign(
         layers=layers, taps=tap_layers, block_size=block_size, mask_token=mask_token,
         sliding_window=sliding_window, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
@@ -319,6 +338,30 @@ def drafter(
         dtype=dtype or "auto", resume=resume,
     )  # fmt: skip
     _run(request, plugins)
+
+
+def _responses(
+    regenerate: bool, folder: Path | None, seed: int, asked: dict[str, Any]
+) -> ResponseSettings | None:
+    """How the target is to write; None where it is not to.
+
+    Raises:
+        UsageError: numbers that make no sense, or options of something that is not asked for.
+    """
+    from draftloom.apps.train.responses import ResponseSettings
+
+    given = {name: value for name, value in asked.items() if value is not None}
+    if regenerate:
+        written = ResponseSettings(seed=seed, **given)
+        written.check()
+        return written
+    if folder is not None or given:
+        raise UsageError(
+            "the target is to write nothing: --responses, --response-tokens, --prompt-tokens, "
+            "--max-responses, --temperature and --response-batch go with --regenerate",
+            "give --regenerate, or --data with what it wrote before",
+        )
+    return None
 
 
 def _run(request: Any, plugins: Any) -> None:
@@ -372,75 +415,6 @@ def _interruptions() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-class Screen:
-    """Progress on stderr: a bar on a terminal, a line a record elsewhere."""
-
-    def __init__(self) -> None:
-        self._tau = ""
-        self._console = error_console()
-        self._bar: Progress | None = None
-
-    def __enter__(self) -> Screen:
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
-
-        if self._console.is_terminal:
-            columns = (TextColumn("training"), BarColumn(), TaskProgressColumn())
-            self._bar = Progress(*columns, TextColumn("{task.description}"), console=self._console)
-            self._task = self._bar.add_task("", total=1.0)
-            self._bar.start()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def show(self, record: dict[str, Any]) -> None:
-        """Show a record of the log."""
-        if record["kind"] == "features":
-            self._console.print(f"features of {record['done']} of {record['total']} sequences")
-            return
-        if record["kind"] == "responses":
-            self._responses(record)
-            return
-        if record["kind"] == "held-out":
-            self._tau = f"held-out tau {record['tau']:.2f}"
-            line = f"{self._tau} over {record['cycles']} cycles"
-        elif record["kind"] == "first-step":
-            line = f"first step done in {record['seconds']:.1f} s"
-        else:
-            line = (
-                f"loss {record['loss']:.3f}  {record['tokens_per_second']:.0f} tokens/s  "
-                f"{record['blocks_per_second']:.0f} blocks/s  "
-                f"{record['operations_per_second'] / 1e12:.2g} TFLOP/s  "
-                f"{_clock(record['seconds_left'])} left"
-            )
-        text = f"step {record['step']}  {line}"
-        if self._bar is None:
-            self._console.print(text, markup=False, soft_wrap=True)
-            return
-        shown = f"{text}  {self._tau}" if record["kind"] == "step" else text
-        done = record.get("progress")
-        self._bar.update(self._task, description=shown, completed=done)
-
-    def _responses(self, record: dict[str, Any]) -> None:
-        done, total = record["done"], record["total"]
-        text = (
-            f"target's responses {done}/{total}  {record['tokens_per_second']:.0f} tokens/s  "
-            f"{_clock(record['seconds_left'])} left"
-        )
-        if self._bar is None:
-            self._console.print(text, markup=False, soft_wrap=True)
-            return
-        share = 0.0 if done == total else done / total  # the bar begins anew for the training
-        self._bar.update(self._task, description=text if share else "", completed=share)
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def parse_taps(text: str | None) -> tuple[int, ...] | None:

@@ -169,9 +169,13 @@ def test_mistakes_are_one_line(cli: Callable[..., Any], toy: Path, tmp_path: Pat
     begin = options(toy, out)
     cli(*begin, "--context-length", 4).assert_mistake("shorter than a block")
     cli(*begin, "--taps", "1,x").assert_mistake("--taps cannot be read")
-    cli(*begin, "--features-budget", "much").assert_mistake("--features-budget")
+    cli(*begin, "--features", tmp_path / "f", "--features-budget", "much").assert_mistake(
+        "--features-budget cannot be read"
+    )
     cli(*begin, "--resume").assert_mistake("no training run to resume")
-    cli(*begin, "--responses", tmp_path / "r").assert_mistake("--regenerate writes")
+    cli(*begin, "--responses", tmp_path / "r").assert_mistake("go with --regenerate")
+    cli(*begin, "--temperature", 1).assert_mistake("go with --regenerate")
+    cli(*begin, "--features-budget", "1KB").assert_mistake("--features-budget is for --features")
     cli(*begin, "--regenerate", "--response-tokens", 48).assert_mistake("no room for a prompt")
     cli(*begin, "--max-minutes", 0).assert_mistake("max_minutes must be above 0", hint=False)
     cli(*begin, "--features", tmp_path / "f", "--features-budget", "1KB").assert_mistake(

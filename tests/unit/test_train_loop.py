@@ -16,6 +16,7 @@ from draftloom.apps.train.data import read_corpus
 from draftloom.apps.train.design import DrafterDesign
 from draftloom.apps.train.features import FeatureError
 from draftloom.apps.train.loop import Trainer, TrainRequest
+from draftloom.apps.train.responses import ResponseSettings
 from draftloom.apps.train.settings import TrainSettings
 from draftloom.apps.train.toy import make_toy
 from draftloom.errors import DraftloomError, ModelError, UsageError
@@ -137,6 +138,26 @@ def test_cached_features_give_the_same_losses(
     train(request_for(toy, out, cache=tmp_path / "features"), plugins)
     for mine, theirs in zip(losses(out), losses(whole), strict=True):
         assert mine == pytest.approx(theirs, rel=1e-5)
+
+
+def test_run_on_own_responses_resumes_to_the_same_losses(
+    toy: Path, plugins: PluginManager, tmp_path: Path
+) -> None:
+    def request(name: str, **changes: Any) -> TrainRequest:
+        written = ResponseSettings(tokens=8, prompt_tokens=3, limit=12, batch=4)
+        return request_for(toy, tmp_path / name, responses=written, steps=4, **changes)
+
+    told = train(request("whole"), plugins)
+    assert [r["done"] for r in told if r["kind"] == "responses"] == [4, 8, 12]
+    train(request("stopped"), plugins, stop_at=3)
+    told = train(request("stopped", resume=True), plugins)
+    assert "responses" not in {r["kind"] for r in told}  # they are there
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    kept = tmp_path / "whole" / "training" / "responses"
+    lines = [x for f in kept.glob("*.jsonl") for x in f.read_text().splitlines()]
+    assert len(lines) == 12
+    with pytest.raises(UsageError, match="other settings: responses"):
+        train(request_for(toy, tmp_path / "whole", steps=4, resume=True), plugins)
 
 
 def test_cut_log_line_of_a_killed_run_is_dropped(
