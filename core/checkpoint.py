@@ -106,6 +106,7 @@ class DrafterDescription:
         rms_norm_eps: of every norm.
         rope_theta: base of the rotary embedding.
         rope_scaling: its scaling (``rope_type`` yarn, ...); None is plain.
+        rope_interleaved: whether neighbouring dimensions are rotated together, not halves.
         max_positions: positions it was made for.
         layer_types: ``full_attention`` or ``sliding_attention``, a layer.
         sliding_window: W of the sliding layers.
@@ -152,6 +153,7 @@ class DrafterDescription:
     tap_layers: tuple[int, ...]
     draft_vocab_size: int | None = None
     rope_scaling: Mapping[str, Any] | None = None
+    rope_interleaved: bool = False
     sliding_window: int | None = None
     window_rule: WindowRule = WindowRule.QUERY
     is_causal: bool | None = None

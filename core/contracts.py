@@ -312,6 +312,13 @@ class Draft:
             return mx.ones(self.tokens.shape, dtype=mx.bool_)
         return positions < self.lengths[:, None]
 
+    @property
+    def offered(self) -> mx.array:
+        """[B] int32: how many tokens of each row the drafter stands by, 0..K."""
+        if self.lengths is None:
+            return mx.full((self.tokens.shape[0],), self.width, dtype=mx.int32)
+        return mx.clip(self.lengths, 0, self.width).astype(mx.int32)
+
     def first(self, width: int) -> Draft:
         """The first `width` tokens of this draft, with their law."""
         if width >= self.width:

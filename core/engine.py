@@ -153,6 +153,7 @@ class Engine:
         self._past = max((getattr(entry, "offset", 0) for entry in self.cache), default=0)
         self._limit = self._token_limit()
         self._emitted: list[int] = []
+        self._passed = 0  # draft tokens of the last pass, whoever stood by them
         self._processing = LogitsProcessing(request.sampling, request.prompt, self._emitted)
         widest = parts.drafter.info.max_width
         self._max_width = UNLIMITED_WIDTH if widest is None else widest
@@ -303,6 +304,7 @@ class Engine:
         """Verify what is on the draft port, settle, and say what happened."""
         plan = self._plan
         draft: Draft = plan.get("draft")
+        self._passed = draft.width
         try:
             self._attempt()
         except BaseException as error:
@@ -321,7 +323,7 @@ class Engine:
             index=index,
             token_ids=outcome.tokens,
             drafted=self._drafter.drafted if draft.width else 0,
-            verified=draft.width,
+            verified=outcome.offered,
             accepted=outcome.num_accepted,
             source=draft.source,
             seconds=seconds,
@@ -354,6 +356,7 @@ class Engine:
                 raise  # an interrupt
             raise _failure(second) from error
         self._drafter.give_up(one_line(error))
+        self._passed = 0
         return draft
 
     def _learn(self, event: CycleEvent) -> GenerationError | None:
@@ -362,7 +365,7 @@ class Engine:
             return None
         width = self._parts.width
         try:
-            width.observe(event.drafted, event.verified, event.accepted, event.seconds)
+            width.observe(event.drafted, self._passed, event.accepted, event.seconds)
         except Exception as error:  # noqa: BLE001 raised by `cycles`
             return _failure(error)
         return None
@@ -441,7 +444,8 @@ class Engine:
         columns = [num_accepted.astype(mx.int32)[:, None], next_token.astype(mx.int32)[:, None]]
         if width:
             healthy = mx.array([True]) if draft.healthy is None else draft.healthy
-            columns += [healthy.astype(mx.int32)[:, None], draft.tokens.astype(mx.int32)]
+            columns += [healthy.astype(mx.int32)[:, None], draft.offered[:, None]]
+            columns.append(draft.tokens.astype(mx.int32))
         if dead is not None:
             columns.append(dead.astype(mx.int32)[None])
         packed = mx.concatenate(columns, axis=1)
@@ -449,7 +453,7 @@ class Engine:
             scores = self._scores.lazy(logits, draft.tokens, num_accepted, next_token)
             mx.eval(packed, *scores)
         row: list[int] = packed.tolist()[0]  # type: ignore
-        accepted, following, drafted = row[0], row[1], tuple(row[3 : 3 + width])
+        accepted, following, drafted = row[0], row[1], tuple(row[4 : 4 + width])
         if width and not row[2]:
             raise UnusableDraftError("numbers that are not finite, or ids outside the vocabulary")
         if not 0 <= accepted <= width or not 0 <= following < self._vocab_size:
@@ -458,6 +462,7 @@ class Engine:
                 f"{accepted} of {width} and next token {following}"
             )
         outcome = self._decide(accepted, (*drafted[:accepted], following))
+        outcome = attrs.evolve(outcome, offered=max(accepted, row[3]) if width else 0)
         blocked = () if dead is None else [flag != 0 for flag in row[-width - 1 :]]
         self._processing.check_used(len(outcome.tokens), blocked)
         if self._scores is not None:

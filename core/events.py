@@ -66,7 +66,8 @@ class CycleEvent:
             is left out of every rate); the first real cycle is 1.
         token_ids: tokens committed, cut at the end of the text.
         drafted: tokens the drafter proposed.
-        verified: how many of them the target looked at.
+        verified: how many of them the target looked at, without those past an end that the drafter
+            itself set (`Draft.lengths`).
         accepted: how many of them it agreed with.
         source: name of the drafter that proposed; empty when nothing was proposed.
         seconds: wall time since the cycle before.
@@ -105,6 +106,7 @@ class Outcome:
         committed: tokens the caches take in: the anchor and the kept draft tokens.
         finish_reason: why the text ends here, or None.
         logprobs: one record a token, where they were asked for.
+        offered: draft tokens that the drafter stood by, those accepted among them.
     """
 
     num_accepted: int
@@ -113,6 +115,7 @@ class Outcome:
     committed: tuple[int, ...]
     finish_reason: FinishReason | None
     logprobs: tuple[TokenLogprob, ...] = ()
+    offered: int = 0
 
 
 @attrs.frozen

@@ -43,7 +43,7 @@ class _Attention(nn.Module):
         self.rope = initialize_rope(
             size,
             base=config.rope_theta,
-            traditional=False,
+            traditional=config.rope_interleaved,
             scaling_config=dict(config.rope_scaling) if config.rope_scaling else None,
             max_position_embeddings=config.max_positions,
         )

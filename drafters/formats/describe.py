@@ -11,7 +11,7 @@ from . import dspark, specforge, speculators, zlab
 
 __all__ = ["FORMATS", "describe_checkpoint"]
 
-FORMATS = (speculators, dspark, specforge, zlab)
+FORMATS = (speculators, specforge, dspark, zlab)
 """Each recognises its own: at most one of them answers, but for z-lab, whose layout SpecForge
 shares and which is therefore asked last."""
 

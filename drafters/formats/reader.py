@@ -19,7 +19,7 @@ WITHOUT_EFFECT = frozenset(
         *("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "id2label"),
         *("output_attentions", "output_hidden_states", "chunk_size_feed_forward", "label2id"),
         *("max_window_layers", "use_sliding_window", "is_encoder_decoder", "pretraining_tp"),
-        *("num_anchors", "loss_decay_gamma", "draftloom"),
+        *("num_anchors", "loss_decay_gamma", "draftloom", "has_lm_head", "has_own_embed"),
     )
 )
 """Keys that change nothing of what a drafter computes: book-keeping, and what training used."""
@@ -29,6 +29,9 @@ FIXED: Mapping[str, tuple[Any, ...]] = {
     "mlp_bias": (False,),
     "hidden_act": ("silu", "swiglu"),
     "use_sinks": (False,),
+    "attention_sink_bias": (False,),
+    "log_snr_conditioning": (False,),
+    "enable_qwen35_gated_q_proj": (False,),
 }
 """Keys that drafters can only serve at these values."""
 
@@ -182,6 +185,7 @@ class ConfigReader:
             "rms_norm_eps": self.number("rms_norm_eps", 1e-6),
             "rope_theta": theta,
             "rope_scaling": scaling,
+            "rope_interleaved": not self.flag("rope_is_neox_style", True),
             "max_positions": self.whole("max_position_embeddings", 32768, least=1),
             "layer_types": types,
             "sliding_window": window,
@@ -231,6 +235,17 @@ class ConfigReader:
             "markov": MarkovHead(rank, kind) if rank else None,
             "confidence": ConfidenceHead(with_markov) if confident else None,
         }
+
+    def causal(self) -> bool | None:
+        """Whether a block is causal, by the keys that any layout says it with; None is by layer.
+
+        Raises:
+            ModelError: something else than true or false.
+        """
+        for key in ("dflash_query_causal", "causal"):
+            if self.flag(key, False):
+                return True
+        return self.maybe_flag("is_causal")
 
     # --- account -----------------------------------------------------------------------------
 

@@ -42,10 +42,12 @@ def read(model: ModelInfo) -> DrafterDescription | None:
         raise reader.refuse("pure_draft_prefix_len", reader.get("pure_draft_prefix_len"), DOMINO)
     fields = reader.network()
     fields["tap_layers"] = reader.layers("target_layer_ids")
-    fields["is_causal"] = reader.maybe_flag("is_causal")
+    fields["is_causal"] = reader.causal()
     if projector == "dspark":
         reader.get("attention_mode")  # says once more how many key/value heads there are
         alpha = reader.number("confidence_head_alpha", 0.0)
         fields |= reader.dspark_heads(alpha > 0, with_markov_default=False)
+        # Trained so: the label of slot k is the token k + 1 after the anchor.
+        fields["first_slot"] = 0 if reader.flag("sample_from_anchor", True) else 1
         fields["renames"] = (("logit_head.", ""),)
     return DrafterDescription(drafter=projector, **fields, unread=reader.unread())

@@ -66,7 +66,7 @@ def read(model: ModelInfo) -> DrafterDescription | None:
     fields["is_causal"] = _causal(reader, fields["layer_types"], kind)
     reduced = reader.whole("draft_vocab_size", 32000, least=1)
     fields["draft_vocab_size"] = None if reduced == fields["vocab_size"] else reduced
-    fields["first_slot"] = 0 if reader.flag("sample_from_anchor", kind == "dspark") else 1
+    fields["first_slot"] = _first_slot(reader, fields["block_size"], kind)
     hidden = reader.maybe_whole("target_hidden_size")
     if hidden not in (None, fields["hidden_size"]):
         hint = f"it must be the drafter's own hidden_size, {fields['hidden_size']}"
@@ -93,6 +93,29 @@ def _taps(reader: ConfigReader) -> tuple[int, ...]:
             "aux_hidden_state_layer_ids", list(ids), "0 is the embedding; layers count from 1 here"
         )
     return tuple(i - 1 for i in ids)
+
+
+def _first_slot(reader: ConfigReader, block: int, kind: str) -> int:
+    """By `sample_from_anchor`; in older files, which do not have it, by the number of tokens that
+    the config proposes of a block."""
+    proposed = _proposed(reader)
+    if reader.get("sample_from_anchor") is None and proposed in (block, block - 1):
+        return 0 if proposed == block else 1
+    from_anchor = reader.flag("sample_from_anchor", kind == "dspark")
+    if not from_anchor and proposed == block:
+        raise reader.error(
+            f"sample_from_anchor is false, speculators_config proposes {proposed} tokens of a "
+            f"block of {block}",
+            "without the anchor's slot a block proposes one token less than it has slots",
+        )
+    return 0 if from_anchor else 1
+
+
+def _proposed(reader: ConfigReader) -> int | None:
+    """`speculative_tokens` of the first proposal method; None where it is not said."""
+    methods = (reader.get("speculators_config") or {}).get("proposal_methods") or [{}]
+    tokens = methods[0].get("speculative_tokens")
+    return tokens if isinstance(tokens, int) else None
 
 
 def _causal(reader: ConfigReader, types: tuple[str, ...], kind: str) -> Any:

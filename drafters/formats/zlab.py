@@ -33,7 +33,7 @@ def read(model: ModelInfo) -> DrafterDescription | None:
     reader = ConfigReader(model, NAME, (SECTION, ""), strict=(SECTION,))
     fields = reader.network()
     fields["tap_layers"] = reader.layers("target_layer_ids")
-    fields["is_causal"] = reader.maybe_flag("is_causal")
+    fields["is_causal"] = reader.causal()
     added = dflash2(reader) if is_dflash2(model) else {"drafter": "dflash"}
     return DrafterDescription(**fields, **added, unread=reader.unread())
 

@@ -19,7 +19,7 @@ SLIDING = {"sliding_window": 3, "layer_types": ["sliding_attention", "full_atten
 FOLDERS: dict[str, tuple[str, Golden]] = {
     "z-lab-old": ("z-lab", Golden(**SIZES)),
     "z-lab-new": ("z-lab", Golden(config=SLIDING, **SIZES)),
-    "specforge": ("specforge", Golden(markov="vanilla", **SIZES)),
+    "specforge": ("specforge", Golden(first_slot=0, markov="vanilla", **SIZES)),
     "dspark": ("dspark", Golden(first_slot=0, markov="vanilla", confidence=True, **SIZES)),
     "speculators": (
         "speculators",

@@ -52,8 +52,8 @@ CASES: dict[str, tuple[str, Golden]] = {
     "z-lab-new-yarn": ("z-lab-new", Golden(config=YARN)),
     "z-lab-new-sliding-not-causal": ("z-lab-new", Golden(config=SLIDING, causal=False)),
     "specforge": ("specforge", Golden(config=SLIDING)),
-    "specforge-dspark": ("specforge", Golden(markov="vanilla", confidence=True)),
-    "specforge-dspark-gated": ("specforge", Golden(markov="gated")),
+    "specforge-dspark": ("specforge", Golden(first_slot=0, markov="vanilla", confidence=True)),
+    "specforge-dspark-gated": ("specforge", Golden(first_slot=0, markov="gated")),
     "speculators": ("speculators", Golden()),
     "speculators-yarn": ("speculators", Golden(config=YARN)),
     "speculators-sliding": ("speculators", Golden(config=SLIDING, from_anchor=True)),
@@ -70,6 +70,12 @@ CASES: dict[str, tuple[str, Golden]] = {
         "speculators", Golden(first_slot=1, markov="rnn", confidence=True),
     ),
     "dspark": ("dspark", Golden(first_slot=0, markov="vanilla", confidence=True)),
+    "dspark-interleaved-causal": (
+        "dspark",
+        Golden(
+            first_slot=0, markov="vanilla", causal=True, config={"rope_is_neox_style": False},
+        ),
+    ),
     "dspark-after-anchor": ("dspark", Golden(markov="vanilla")),
     "dspark-own-parts": (
         "dspark",
@@ -253,7 +259,7 @@ WHOLE: dict[str, tuple[str, dict[str, Any]]] = {
     "z-lab-old": ("z-lab-old", {"config": SLIDING}),
     "z-lab-new": ("z-lab-new", {"config": YARN, "softcap": 3.0}),
     "specforge": ("specforge", {}),
-    "specforge-dspark": ("specforge", {"markov": "vanilla", "confidence": True}),
+    "specforge-dspark": ("specforge", {"first_slot": 0, "markov": "vanilla", "confidence": True}),
     "speculators": ("speculators", {"config": SLIDING, "from_anchor": True}),
     "speculators-reduced": ("speculators", {"draft_ids": True}),
     "speculators-dspark": (

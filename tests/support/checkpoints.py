@@ -212,7 +212,8 @@ def _zlab_new(golden: Golden) -> Files:
 
 def _specforge(golden: Golden) -> Files:
     """The legacy z-lab layout with a projector; early files keep the heads under `logit_head`."""
-    config, weights = _zlab_old(golden)
+    config, weights = _zlab_old(attrs.evolve(golden, first_slot=1))
+    assert golden.first_slot == (0 if golden.markov else 1), "labels of slot k: k + 1, and k"
     inner = config["dflash_config"]
     inner |= {"projector_type": "dflash", "shift_label": False, "pure_draft_prefix_len": 0}
     if golden.markov:
@@ -246,6 +247,8 @@ def _dspark(golden: Golden) -> Files:
         "confidence_head_with_markov": bool(golden.confidence),
         "final_logit_softcapping": golden.softcap,
     }
+    if golden.causal:
+        config["dflash_query_causal"] = True
     if golden.first_slot:  # the anchor's own slot predicts unless the file says otherwise
         config["sample_from_anchor"] = False
     weights = golden.weights()

@@ -66,8 +66,13 @@ class DFlashReference:
         """Rotate halves of [T, heads, size] at positions [T]."""
         frequencies, factor = self._frequencies()
         angle = positions[:, None, None] * frequencies
-        left, right = np.split(x, 2, axis=-1)
         cos, sin = np.cos(angle) * factor, np.sin(angle) * factor
+        if self.config.get("rope_is_neox_style") is False:
+            left, right = x[..., ::2], x[..., 1::2]
+            turned = np.empty_like(x)
+            turned[..., ::2], turned[..., 1::2] = left * cos - right * sin, right * cos + left * sin
+            return turned
+        left, right = np.split(x, 2, axis=-1)
         return np.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
 
     def _visible(self, kind: str, context: int, tokens: int) -> np.ndarray:

@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from draftloom import PipelineBuilder, Width
 from draftloom.contracts import ComponentInfo, Draft
 from draftloom.drafting import GuardedDrafter
 from draftloom.errors import DrafterFallbackWarning
@@ -22,6 +23,7 @@ from draftloom.events import GenerationStats
 from draftloom.verifiers.acceptance.greedy import GreedyAcceptance
 from draftloom.verifiers.acceptance.speculative_sampling import SpeculativeSampling
 from tests.support.statistics import chi_square
+from tests.unit.fakes import PROMPT, Offer, model, plain, plugins
 from tests.unit.test_acceptance import (
     P_VALUE,
     ROWS,
@@ -177,3 +179,45 @@ def test_lengths_of_a_wrong_shape_give_the_drafter_up() -> None:
     with pytest.warns(DrafterFallbackWarning, match=r"lengths is \(2,\)"):
         draft = guarded.propose(mx.array([1]), 2, 2, state())
     assert draft.width == 0
+
+
+def test_the_engine_counts_what_the_drafter_stood_by() -> None:
+    """Right drafts that end after one token: each is accepted, what lies past was not refused. The
+    width policy is told how wide the pass was: that is what the time was spent on."""
+    text = plain(model(), PROMPT, 11)
+
+    class Hesitant:
+        info = ComponentInfo("hesitant", default_width=3, max_width=3)
+
+        def open(self, request: Any) -> Any:
+            return self
+
+        def observe(self, committed: Any, features: Any) -> None:
+            self.seen = getattr(self, "seen", 0) + len(committed[0])
+
+        def propose(self, anchor: mx.array, width: int, sampling: Any) -> Draft:
+            start = self.seen - len(PROMPT) + 1
+            tokens = [*text[start : start + width], *[0] * width][:width]
+            return Draft(mx.array([tokens], mx.int32), lengths=mx.array([1]))
+
+    widths: list[tuple[int, ...]] = []
+
+    class Watching:
+        info = ComponentInfo("watching")
+
+        def choose(self, limit: int) -> Width:
+            return Width(3, 3)
+
+        def observe(self, drafted: int, verified: int, accepted: int, seconds: float) -> None:
+            widths.append((drafted, verified, accepted))
+
+    offer = Offer(drafter={"lab.hesitant": Hesitant}, width={"lab.watching": Watching})
+    builder = PipelineBuilder(plugins=plugins(offer)).model(model())
+    with builder.drafter("lab.hesitant").width("lab.watching").build() as pipeline:
+        result = pipeline.generate(PROMPT, max_tokens=11)
+    assert result.token_ids == text
+    stats = result.stats
+    assert stats.accepted == stats.verified == stats.cycles
+    assert (stats.acceptance_rate, stats.rate_by_position) == (1.0, [1.0])
+    assert stats.acceptance_length == 2
+    assert widths[0] == (3, 3, 1)

@@ -38,11 +38,10 @@ SPARK = Golden(
     hidden=HIDDEN, vocab=VOCAB, taps=(0, 1), first_slot=0, markov="vanilla", confidence=True
 )
 REDUCED = Golden(hidden=HIDDEN, vocab=VOCAB, taps=(0, 1), draft_ids=tuple(range(0, VOCAB, 3)))
-AFTER = Golden(hidden=HIDDEN, vocab=VOCAB, taps=(0, 1), markov="vanilla", confidence=True)
 FOLDERS = {
     "z-lab-old": PLAIN,
     "z-lab-new": PLAIN,
-    "specforge": AFTER,
+    "specforge": SPARK,
     "dspark": SPARK,
     "speculators": REDUCED,
 }
@@ -157,6 +156,59 @@ def test_a_third_partys_format_is_asked_first(tmp_path: Path) -> None:
         builder.build()
 
 
+@pytest.mark.parametrize(
+    ("said", "proposed", "first"),
+    [
+        (None, 8, 0),
+        (None, 7, 1),
+        (None, None, 0),
+        (None, 3, 0),
+        (True, 7, 0),
+        (True, 8, 0),
+        (False, 7, 1),
+        (False, None, 1),
+    ],
+)
+def test_the_first_slot_of_speculators_files(
+    said: bool | None, proposed: int | None, first: int, tmp_path: Path
+) -> None:
+    """Older files have no `sample_from_anchor`: the number of proposed tokens says it."""
+
+    def change(config: dict[str, Any]) -> None:
+        config.pop("sample_from_anchor", None)
+        if said is not None:
+            config["sample_from_anchor"] = said
+        if proposed is not None:
+            method = {"proposal_type": "greedy", "speculative_tokens": proposed}
+            config["speculators_config"]["proposal_methods"] = [method]
+
+    found = described(rewrite(write(tmp_path, "speculators", SPARK), change))
+    assert (found.first_slot, found.max_width) == (first, 8 - first)
+
+
+def test_proposed_tokens_that_contradict_the_anchor_convention(tmp_path: Path) -> None:
+    folder = write(tmp_path, "speculators", SPARK)
+    rewrite(folder, put("sample_from_anchor", value=False))
+    methods = [{"speculative_tokens": 8}]
+    rewrite(folder, put("speculators_config", "proposal_methods", value=methods))
+    with pytest.raises(ModelError, match=r"sample_from_anchor is false.*8 tokens of a block of 8"):
+        described(folder)
+
+
+def test_dspark_files_in_other_wrappings(tmp_path: Path) -> None:
+    """Own architectures, ids in `dflash_config`, a draft vocabulary that is the whole one."""
+
+    def change(config: dict[str, Any]) -> None:
+        config["architectures"] = ["Lfm2DSparkDraftModel"]
+        inner = {key: config.pop(key) for key in ("target_layer_ids", "mask_token_id")}
+        config |= {"dflash_config": inner, "draft_vocab_size": VOCAB, "has_lm_head": False}
+        config["projector_type"] = "dspark"
+
+    plain = described(write(tmp_path, "dspark", SPARK))
+    assert described(rewrite(tmp_path, change)) == plain
+    assert plain.draft_vocab_size is None
+
+
 # --- keys ------------------------------------------------------------------------------------
 
 
@@ -200,6 +252,10 @@ BAD: list[tuple[str, Callable[[dict[str, Any]], None], str]] = [
     ("specforge", put("dflash_config", "markov_head_type", value="lstm"), "head_type 'lstm'"),
     ("dspark", put("sample_from_anchor", value="yes"), "sample_from_anchor must be true or false"),
     ("dspark", put("sample_from_anchor", value=1), "sample_from_anchor must be true or false"),
+    ("dspark", put("model_type", value="gemma4"), "model_type 'gemma4' is not served"),
+    ("dspark", put("attention_sink_bias", value=True), "attention_sink_bias True is not served"),
+    ("dspark", put("projector_type", value="domino"), "projector_type 'domino' is not served"),
+    ("dspark", put("rope_is_neox_style", value=0), "rope_is_neox_style must be true or false"),
     ("dspark", put("markov_rank", value=0), "confidence_head_with_markov needs a markov_rank"),
     ("speculators", drop("mask_token_id"), "config lacks mask_token_id"),
     ("speculators", drop("aux_hidden_state_layer_ids"), "lacks aux_hidden_state_layer_ids"),
