@@ -141,9 +141,9 @@ def _check(
         raise ValueError(f"state is {state.dtype} {state.shape}; float32 {expected} is needed")
     if q.shape != k.shape or k.shape[:2] != (rows, tokens):
         raise ValueError(f"q {q.shape} and k {k.shape} do not fit v {v.shape}")
-    expected = (rows, tokens, heads)
-    if g.shape not in (expected, (*expected, k.shape[3])) or beta.shape != expected:
-        raise ValueError(f"g {g.shape} and beta {beta.shape} must be {expected}")
+    plain = (rows, tokens, heads)
+    if g.shape not in (plain, (*plain, k.shape[3])) or beta.shape != plain:
+        raise ValueError(f"g {g.shape} and beta {beta.shape} must be {plain}")
 
 
 def _launcher(name: str) -> Launcher:
