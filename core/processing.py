@@ -46,8 +46,14 @@ class LogitsProcessing:
             [1, K+1, V].
 
         Raises:
-            GenerationError: a processor failed on tokens that are part of the text already.
+            GenerationError: a processor failed on tokens that are part of the text already, or
+                there are several rows.
         """
+        if self._params.edits_logits and block.shape[0] != 1:
+            raise GenerationError(
+                f"bias, penalties and processors serve one text, not {block.shape[0]} rows",
+                "generate the texts one by one",
+            )
         self._failed, self._dead = None, None
         params, draft = self._params, block[:, 1:]
         if params.logit_bias:

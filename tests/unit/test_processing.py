@@ -211,6 +211,14 @@ def test_a_failure_does_not_change_the_type_of_the_other_rows() -> None:
     assert found.dtype == mx.bfloat16
 
 
+def test_several_rows_are_refused() -> None:
+    """Each would need a history of its own."""
+    two = mx.array([[1, 2], [3, 4]], dtype=mx.int32), mx.zeros((2, 2, VOCAB))
+    assert LogitsProcessing(SamplingParams(), [1], [])(*two) is two[1]
+    with pytest.raises(GenerationError, match="serve one text, not 2 rows"):
+        LogitsProcessing(SamplingParams(presence_penalty=1.0), [1], [])(*two)
+
+
 # --- what is refused --------------------------------------------------------------------------
 
 
