@@ -130,6 +130,7 @@ class DrafterDescription:
         renames: prefixes of stored tensor names and what stands for them inside, first match.
         ignored_tensors: patterns (``fnmatch``) of stored tensors that a drafter does not need.
         unread: config keys that the format does not know and that are not known to matter.
+        trained_context: tokens of the longest sequences it was trained on; None is not stated.
         stated_length: acceptance length that the checkpoint states; None is not stated.
     """
 
@@ -172,6 +173,7 @@ class DrafterDescription:
     renames: tuple[tuple[str, str], ...] = ()
     ignored_tensors: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
+    trained_context: int | None = None
     stated_length: float | None = None
 
     @property

@@ -65,6 +65,26 @@ class ModelInfo:
             )
         return float(value)
 
+    @property
+    def trained_context(self) -> int | None:
+        """Tokens of the longest sequences that a drafter was trained on, as its checkpoint states
+        them (``"draftloom": {"context_length": 2048}`` in its config); None where it states none.
+
+        Raises:
+            ModelError: something else than a whole number of at least 1.
+        """
+        table = self.config.get("draftloom")
+        value = table.get("context_length") if isinstance(table, Mapping) else None
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ModelError(
+                f"config.json of {self.name}: draftloom.context_length must be a whole number of "
+                f"at least 1, got {value!r}",
+                "it is the drafter's default window; leave it out if it is not known",
+            )
+        return value
+
     @classmethod
     def from_path(cls, path: Path, name: str = "") -> ModelInfo:
         """Read config.json of a model folder.

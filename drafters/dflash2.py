@@ -34,6 +34,7 @@ from .dflash.block import (
     BlockContext,
     BlockOptions,
     LoadedDrafter,
+    context_bytes,
     described,
     load_drafter,
     with_taps,
@@ -184,8 +185,9 @@ class DFlash2Drafter:
         window: int | None = None,
         sinks: int | None = None,
     ) -> None:
-        self._options = BlockOptions.of(bits, group_size, window, sinks)
         self.description = described(checkpoint, "dflash2")
+        trained = self.description.trained_context
+        self._options = BlockOptions.of(bits, group_size, window, sinks, trained)
         _check_sizes(self.description)
         details = self._options.describe(DFlash2Model(self.description))
         self.info = with_taps(type(self).info, self.description, details)
@@ -203,6 +205,14 @@ class DFlash2Drafter:
             ModelError: weights missing, corrupt, or not fitting the config; names the tensor.
         """
         self._loaded = load_drafter(self.description, context, DFlash2Model, self._options)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of the weights; nothing before they are loaded."""
+        return {} if self._loaded is None else self._loaded.memory()
+
+    def context_bytes(self, tokens: int) -> int:
+        """Bytes that a session holds for so many tokens."""
+        return context_bytes(self.description, self._options, self._loaded, tokens)
 
     def open(self, request: DraftRequest) -> DFlash2Session:
         """Begin a generation.
@@ -246,6 +256,10 @@ class DFlash2Session:
             ValueError: no features, or rows of different lengths.
         """
         self._context.observe(committed, features)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of the context."""
+        return self._context.memory()
 
     def propose(self, anchor: mx.array, width: int, sampling: SamplingState) -> Draft:
         """`width` tokens [B, width] after the anchor [B]; above temperature 0 with the law of each

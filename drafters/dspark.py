@@ -140,8 +140,9 @@ class DSparkDrafter:
         window: int | None = None,
         sinks: int | None = None,
     ) -> None:
-        self._options = BlockOptions.of(bits, group_size, window, sinks)
         self.description = described(checkpoint, "dspark")
+        trained = self.description.trained_context
+        self._options = BlockOptions.of(bits, group_size, window, sinks, trained)
         number = isinstance(confidence_threshold, int | float)
         if not number or not 0 <= confidence_threshold < 1:
             raise UsageError(

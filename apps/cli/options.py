@@ -78,7 +78,8 @@ DrafterWindowOption = Annotated[
     int | None,
     typer.Option(
         metavar="N",
-        help="Last positions that a DFlash drafter's context keeps; 0 is all. Default: 4096.",
+        help="Last positions that a DFlash drafter's context keeps; 0 is all. "
+        "Default: as many as it was trained on, or 4096.",
         rich_help_panel=PARTS,
     ),
 ]

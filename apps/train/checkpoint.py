@@ -162,7 +162,8 @@ class RunFolder:
             self._arrays(self.state_file, arrays, {"draftloom": json.dumps(facts)})
             if state.measured:  # what the mismatch alarm compares with
                 stated = round(max(state.measured[-1]["tau"], 1.0), 3)
-                config = {**config, "draftloom": {"acceptance_length": stated}}
+                known = config.get("draftloom") or {}
+                config = {**config, "draftloom": {**known, "acceptance_length": stated}}
             self.save_drafter(state.parameters, config, card)
             curves = curves_html(f"draftloom train: {self.out.name}", read_log(self.log_file))
             self._text(self.out / "training" / "curves.html", curves)

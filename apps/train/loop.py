@@ -361,7 +361,9 @@ class Trainer:
 
     def _save(self, measure_too: bool = False) -> None:
         self._settle()
-        self.folder.save(self.state, self.drafter, self._card())
+        # The window that a drafter of it takes unless told otherwise.
+        config = {**self.drafter, "draftloom": {"context_length": self.settings.context}}
+        self.folder.save(self.state, config, self._card())
         if measure_too:
             self._measure()
 

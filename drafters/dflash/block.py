@@ -104,6 +104,7 @@ class BlockOptions:
         group_size: int | None = None,
         window: int | None = None,
         sinks: int | None = None,
+        trained: int | None = None,
     ) -> BlockOptions:
         """What the options of a drafter ask for; None is the default of each.
 
@@ -111,13 +112,15 @@ class BlockOptions:
             bits: 4 or 8 packs the weights.
             group_size: weights that share a scale, with `bits`: 32, 64 or 128; None takes 64, or
                 32 where 64 does not divide every width.
-            window: the last positions that the context keeps; 0 keeps all.
-            sinks: the first positions that it keeps beside them.
+            window: the last positions that the context keeps; 0 keeps all. None takes `trained`, or
+                4096 where nothing states that.
+            sinks: the first positions that it keeps beside them; None takes 64.
+            trained: tokens of the longest sequences that the drafter was trained on.
 
         Raises:
             UsageError: a value out of its range, or one that means nothing beside the others.
         """
-        return cls(Packing.of(bits, group_size), ContextWindow.of(window, sinks))
+        return cls(Packing.of(bits, group_size), ContextWindow.of(window, sinks, trained))
 
     def describe(self, network: DFlashModel) -> str:
         """What is done to this network, for people."""
@@ -353,12 +356,6 @@ class BlockContext:
         if sum(rows.shape[1] for rows in self._pending) > MAX_PENDING:
             self._extend()
             mx.async_eval([entry.arrays for entry in self._cache])
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of keys, values and pending features."""
-        kept = sum(entry.nbytes for entry in self._cache)
-        return kept + sum(rows.nbytes for rows in self._pending)
 
     def memory(self) -> dict[str, int]:
         """Bytes of the context as allocated, and of the features that wait to be projected."""

@@ -50,8 +50,9 @@ class ContextWindow:
                 )
 
     @classmethod
-    def of(cls, window: int | None, sinks: int | None) -> ContextWindow:
-        """The window that two options ask for; None is the default.
+    def of(cls, window: int | None, sinks: int | None, trained: int | None = None) -> ContextWindow:
+        """The window that two options ask for; None is the default: what the drafter was trained
+        on, or 4096 where nothing states that, and 64 sinks.
 
         Raises:
             UsageError: see the class; sinks are given for a context that is kept whole.
@@ -63,7 +64,8 @@ class ContextWindow:
                     "give a window above 0, or leave sinks out",
                 )
             return cls(0, 0)
-        window = DEFAULT_WINDOW if window is None else window
+        if window is None:
+            window = DEFAULT_WINDOW if trained is None else trained
         return cls(window, DEFAULT_SINKS if sinks is None else sinks)
 
     def cache(self, own: int | None) -> ContextCache:

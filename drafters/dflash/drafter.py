@@ -71,8 +71,9 @@ class DFlashDrafter:
         window: int | None = None,
         sinks: int | None = None,
     ) -> None:
-        self._options = BlockOptions.of(bits, group_size, window, sinks)
         self.description = described(checkpoint, "dflash")
+        trained = self.description.trained_context
+        self._options = BlockOptions.of(bits, group_size, window, sinks, trained)
         details = self._options.describe(DFlashModel(self.description))
         self.info = with_taps(type(self).info, self.description, details)
         self._loaded: LoadedDrafter | None = None

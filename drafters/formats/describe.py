@@ -26,5 +26,9 @@ def describe_checkpoint(model: ModelInfo) -> DrafterDescription | None:
     for module in FORMATS:
         description = module.read(model)
         if description is not None:
-            return attrs.evolve(description, stated_length=model.stated_length)
+            return attrs.evolve(
+                description,
+                trained_context=model.trained_context,
+                stated_length=model.stated_length,
+            )
     return None

@@ -249,6 +249,25 @@ def test_windows_and_convolutions_together(tmp_path: Path) -> None:
     assert np.abs(found - wanted).max() < TOLERANCE * np.abs(wanted).max()
 
 
+@pytest.mark.parametrize("window", [0, 5])
+def test_it_says_what_it_holds(window: int, tmp_path: Path) -> None:
+    """Weights, and a context that is what was foretold."""
+    golden = Golden(convolution=(3, 8))
+    options = {"window": window, "sinks": 0}
+    drafter, session = opened(
+        write(tmp_path, "z-lab-new", golden), FakeTarget(golden), GREEDY, **options
+    )
+    weights = mx.load(str(tmp_path / "model.safetensors"))
+    assert isinstance(weights, dict)
+    assert drafter.memory() == {"weights": sum(value.nbytes for value in weights.values())}
+    session.observe(([0] * 40,), mx.array(taps_of(golden, 40)))
+    mx.eval(session.propose(mx.array([4], dtype=mx.int32), 7, GREEDY).tokens)
+    rows = (window + 8) if window else 256
+    held = 2 * golden.network["num_key_value_heads"] * 8 * 4 * 2 * rows
+    assert session.memory() == {"context": held, "features": 0}
+    assert held <= drafter.context_bytes(40) <= 1.3 * held
+
+
 # --- what does not fit ------------------------------------------------------------------------
 
 

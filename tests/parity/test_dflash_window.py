@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from draftloom.contracts import BindContext, DraftRequest
-from draftloom.drafters.dflash import DFlashDrafter
+from draftloom.drafters.dflash import DFlashDrafter, model
 from draftloom.drafters.dflash.context import ContextCache
-from draftloom.errors import UsageError
+from draftloom.errors import ModelError, UsageError
 from draftloom.pipeline import GenerateOptions
 from draftloom.sampling import SamplingParams, SamplingState
 from tests.parity.test_dflash import (
@@ -139,10 +139,51 @@ def test_the_default_bounds_the_context(folders: dict[str, Path]) -> None:
     assert {entry.held for entry in session._context._cache} == {4160}
     assert {entry.rows for entry in session._context._cache} == {4166}
     size = sum(entry.nbytes for entry in session._context._cache)
-    assert session._context.nbytes == size == 2 * 2 * 4166 * 2 * 8 * 4
+    assert size == 2 * 2 * 4166 * 2 * 8 * 4
+    assert session.memory() == {"context": size, "features": 0}
     exact = reference(folders["full"])
     exact.window, exact.sinks = 4096, 64
     check_draft(session, target, exact, np.nan_to_num(taps), 5)
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"), [({}, 94), ({"sinks": 0}, 30), ({"window": 8}, 72), ({"window": 0}, 200)]
+)
+def test_the_default_is_what_the_checkpoint_was_trained_on(
+    options: dict[str, int], kept: int, tmp_path: Path
+) -> None:
+    """Where it states that; up to there nothing is dropped, whatever the sinks."""
+    folder, exact = write(tmp_path, draftloom={"context_length": 30})
+    target, taps = FakeTarget(), features(1, 200)
+    session = opened(folder, target, **options)
+    session.observe(([0] * 30,), mx.array(taps[:, :30]))
+    if options.get("window") != 8:
+        check_draft(session, target, exact, taps[:, :30], 5)
+    session.observe(([0] * 170,), mx.array(taps[:, 30:]))
+    mx.eval(session.propose(mx.array([4], dtype=mx.int32), 5, SAMPLING).tokens)
+    assert {entry.held for entry in session._context._cache} == {kept}
+
+
+@pytest.mark.parametrize("value", [0, -3, 2.5, True, "many"])
+def test_a_trained_context_of_no_use_names_the_key(value: Any, tmp_path: Path) -> None:
+    folder, _ = write(tmp_path, draftloom={"context_length": value})
+    with pytest.raises(ModelError, match=r"draftloom\.context_length must be a whole number"):
+        DFlashDrafter(folder)
+
+
+@pytest.mark.parametrize("name", ["full", "causal", "mixed"])
+def test_buffers_looked_at_whole_equal_the_reference(
+    name: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on CUDA, where attention is planned for a number of keys: free rows are masked."""
+    monkeypatch.setattr(model, "on_cuda", lambda: True)
+    target, exact = FakeTarget(), reference(folders[name])
+    exact.window, exact.sinks = 20, 3
+    session, taps = opened(folders[name], target, window=20, sinks=3), features(1, 60)
+    for start in range(0, 60, 12):
+        session.observe(([0] * 12,), mx.array(taps[:, start : start + 12]))
+        for width in (7, 3):
+            check_draft(session, target, exact, taps[:, : start + 12], width)
 
 
 def test_a_sliding_layer_drops_what_it_never_sees_again(tmp_path: Path) -> None:

@@ -154,8 +154,10 @@ def test_weights_that_are_not_downloaded_yet(tmp_path: Path) -> None:
 
 
 def test_an_estimate_without_weights(tmp_path: Path) -> None:
-    """The bundled pair: every part is known, and grows as it should."""
-    builder = draftloom.PipelineBuilder(plugins=pipelines.plugins())
+    """The bundled pair: every part is known, and grows as it should; the drafter's context does no
+    longer where it has a window."""
+    bounded = draftloom.PipelineBuilder(plugins=pipelines.plugins())
+    builder = bounded.drafter("auto", window=0)
     short, long = (builder.memory(context_length=n).memory_estimate() for n in (256, 4096))
     assert short.target_weights == long.target_weights
     assert long.drafter_weights
@@ -163,6 +165,8 @@ def test_an_estimate_without_weights(tmp_path: Path) -> None:
     assert short.caches is not None
     assert long.caches > short.caches
     assert long.drafter_context > 6 * short.drafter_context > 0
+    windowed = bounded.memory(context_length=4096).memory_estimate()
+    assert 0 < windowed.drafter_context < long.drafter_context / 6
     assert long.total > long.caches + long.drafter_context
     packed = builder.kv_cache(8, 32, 0).memory(context_length=4096).memory_estimate()
     assert packed.caches is not None

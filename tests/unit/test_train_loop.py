@@ -175,6 +175,7 @@ def test_checkpoint_is_in_the_public_layout(whole: Path) -> None:
     config = json.loads((whole / "config.json").read_text())
     assert config["architectures"] == ["DFlashDraftModel"]
     assert config["block_size"] == 4
+    assert config["draftloom"]["context_length"] == 24
     assert config["dflash_config"] == {"target_layer_ids": [1, 2], "mask_token_id": 31}
     arrays = mx.load(str(whole / "model.safetensors"))
     assert isinstance(arrays, dict)
