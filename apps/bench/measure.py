@@ -92,6 +92,7 @@ class Run:
         verified_by_position, accepted_by_position: cycles, by draft position.
         windows: (cycles, accepted) of the cycles that began in each `WINDOW` tokens of the text.
         fell_back: why the drafter was given up; empty while it works.
+        mismatch: the alarm, where acceptance says that drafter and target do not belong together.
         repeated: share of the text's 8-grams that were there before; texts that loop are easy.
         same_tokens: whether they are those of plain mlx-lm in the same repeat; None where
             that says nothing (simulated) or there is no such run.
@@ -116,6 +117,7 @@ class Run:
     accepted_by_position: tuple[int, ...] = ()
     windows: tuple[tuple[int, int], ...] = ()
     fell_back: str = ""
+    mismatch: str = ""
     repeated: float = 0.0
     same_tokens: bool | None = None
 
@@ -299,6 +301,7 @@ def _run(place: tuple[str, str, int, int, int, int], prompt: EncodedPrompt, raw:
         accepted_by_position=tuple(stats.accepted_by_position),
         windows=_windows(raw.events),
         fell_back=stats.fell_back,
+        mismatch=stats.mismatch,
     )
 
 

@@ -159,7 +159,8 @@ def _judged(
     choice, settings = work
     named = _named(base, others, plugins)
     judged = named[0][0]
-    if named[0][1].check().names["drafter"] in ("none", ""):
+    plan = named[0][1].check()
+    if plan.names["drafter"] in ("none", ""):
         raise UsageError("the target has no drafter of its own", "name one with --drafter")
     with busy("loading the target"):
         subject = load_subject(named)
@@ -169,7 +170,9 @@ def _judged(
     report["judged"] = judged
     report["drafters"] = judge(report)
     found = LOOKUP if others.lookup else None
-    report["warnings"] = warnings_of(report["drafters"], judged, found)
+    report["warnings"] = warnings_of(
+        report["drafters"], judged, found, plan.drafter.info.stated_length
+    )
     return report
 
 

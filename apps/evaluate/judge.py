@@ -25,7 +25,8 @@ def judge(report: Report) -> list[Report]:
         repeated 8-grams is under `LOOPING`; None without one), varied and prompts (how many),
         repeated (mean share of repeated 8-grams), by_position, by_type (content type -> tau,
         cycles, repeated, prompts), speed_up (over the target alone; None where too little was
-        written), same_text and compared (texts equal to the target's own), fell_back.
+        written), same_text and compared (texts equal to the target's own), fell_back, mismatch
+        (the pipeline's alarm).
     """
     overall = {entry["variant"]: entry for entry in report["summary"] if entry["suite"] == "all"}
     found = []
@@ -48,6 +49,7 @@ def judge(report: Report) -> list[Report]:
                 "same_text": entry["same"],
                 "compared": entry["compared"],
                 "fell_back": entry["fell_back"],
+                "mismatch": next((run["mismatch"] for run in runs if run["mismatch"]), ""),
             }
         )
     return found
@@ -63,13 +65,16 @@ def _tau(runs: Sequence[Report]) -> Report:
     }
 
 
-def warnings_of(entries: Sequence[Report], drafter: str, lookup: str | None) -> list[str]:
+def warnings_of(
+    entries: Sequence[Report], drafter: str, lookup: str | None, stated: float | None = None
+) -> list[str]:
     """What is suspicious about a drafter, a sentence each.
 
     Args:
         entries: from `judge`.
         drafter: name of the variant that is judged.
         lookup: name of prompt lookup's variant, or None.
+        stated: acceptance length that the checkpoint states, or None.
     """
     by_name = {entry["variant"]: entry for entry in entries}
     mine = by_name.get(drafter)
@@ -79,13 +84,20 @@ def warnings_of(entries: Sequence[Report], drafter: str, lookup: str | None) -> 
     if mine["fell_back"]:
         found.append(f"{drafter} was given up on: {mine['fell_back']}")
     first = mine["by_position"][0] if mine["by_position"] else 0.0
-    if first < 0.3:
+    if mine["mismatch"]:
+        found.append(mine["mismatch"])
+    elif first < 0.3:
         found.append(
             f"only {first:.0%} of its first draft tokens are accepted: {drafter} looks as if it "
             "was made for another target, another fine-tune or other taps"
         )
+    tau = mine["tau"] or 1.0
+    if stated is not None and tau - 1 < 0.5 * (stated - 1):
+        found.append(
+            f"the checkpoint states an acceptance length of {stated:.2f}; here it is {tau:.2f}"
+        )
     other = by_name.get(lookup or "")
-    if other is not None and (other["tau"] or 1) > (mine["tau"] or 1):
+    if other is not None and (other["tau"] or 1) > tau:
         found.append(f"prompt lookup, which needs no training, has a larger tau than {drafter}")
     if mine["speed_up"] is not None and mine["speed_up"] < 1:
         found.append(f"with {drafter} the target is slower than alone, here")

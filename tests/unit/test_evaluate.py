@@ -14,7 +14,14 @@ from draftloom.errors import UsageError
 
 
 def run(variant: str, prompt: int, suite: str, **facts: Any) -> dict[str, Any]:
-    base = {"cycles": 0, "accepted": 0, "verified": 0, "repeated": 0.0, "fell_back": ""}
+    base = {
+        "cycles": 0,
+        "accepted": 0,
+        "verified": 0,
+        "repeated": 0.0,
+        "fell_back": "",
+        "mismatch": "",
+    }
     return {"variant": variant, "prompt": prompt, "suite": suite, **base, **facts}
 
 
@@ -76,13 +83,21 @@ def test_a_good_drafter_is_not_warned_of() -> None:
         ({"by_position": [0.29, 0.1]}, "only 29% of its first draft tokens"),
         ({"speed_up": 0.9}, "slower than alone"),
         ({"fell_back": "NaN"}, "given up on: NaN"),
+        ({"mismatch": "they do not belong together", "by_position": [0.1]}, "not belong together"),
     ],
-    ids=["mismatch", "slow", "failed"],
+    ids=["few", "slow", "failed", "alarm"],
 )
 def test_what_is_suspicious_is_said(change: dict[str, Any], words: str) -> None:
     (mine,) = judge(report(RUNS))
     (warning,) = warnings_of([{**mine, **change}], "mine", None)
     assert words in warning
+
+
+def test_much_less_than_the_checkpoint_states_is_said() -> None:
+    entries = judge(report(RUNS))  # tau 4
+    assert warnings_of(entries, "mine", None, 6.9) == []
+    (warning,) = warnings_of(entries, "mine", None, 7.1)
+    assert "states an acceptance length of 7.10; here it is 4.00" in warning
 
 
 def test_prompt_lookup_that_does_better_is_said() -> None:
