@@ -201,12 +201,26 @@ class RunFolder:
         lines = (
             json.dumps({"tokens": d.tokens, "prompt_tokens": d.prompt}) + "\n" for d in documents
         )
-        self._text(self.out / "training" / "held-out.jsonl", "".join(lines))
+        file = self.out / "training" / "held-out.jsonl"
+        try:
+            self._text(file, "".join(lines))
+        except OSError as error:
+            raise DraftloomError(f"{file} cannot be written: {error}", "make room") from error
 
     def log(self, record: dict[str, Any]) -> None:
-        """Append a record."""
-        with self.log_file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(record) + "\n")
+        """Append a record.
+
+        Raises:
+            DraftloomError: the disk refuses; what was saved before is whole.
+        """
+        try:
+            with self.log_file.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise DraftloomError(
+                f"{self.log_file} cannot be written: {error}",
+                "make room; --resume goes on from the step saved before",
+            ) from error
 
     def _cut_log(self, step: int) -> None:
         """Drop records of steps after the one saved: they are made again."""

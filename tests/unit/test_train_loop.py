@@ -260,6 +260,20 @@ def test_failed_save_leaves_the_one_before(
     assert (out / "training" / "state.safetensors").read_bytes() == before
 
 
+def test_log_that_cannot_be_written_is_told(
+    toy: Path, plugins: PluginManager, tmp_path: Path
+) -> None:
+    trainer = Trainer(request_for(toy, tmp_path / "out", eval_prompts=0), plugins)
+    try:
+        trainer.run(lambda: trainer.state.step == 2)
+        (tmp_path / "out" / "training" / "log.jsonl").unlink()
+        (tmp_path / "out" / "training" / "log.jsonl").mkdir()
+        with pytest.raises(DraftloomError, match=r"log\.jsonl cannot be written"):
+            trainer.run()
+    finally:
+        trainer.close()
+
+
 @pytest.mark.parametrize("change", [{"seed": 1}, {"steps": 9}, {"learning_rate": 1.0}])
 def test_resume_with_other_settings_is_refused(
     toy: Path, plugins: PluginManager, whole: Path, change: dict[str, Any]
