@@ -146,6 +146,9 @@ class Trainer:
         target.tap(self.config.tap_layers)
         self.model = DFlashModel(self.config)
         self._loss = DrafterLoss(self.model, self.config, target, settings)
+        self._of_target_token = 0  # kept features cost nothing
+        if request.cache is None:
+            self._of_target_token = target_operations(target, self.config.tap_layers, 1)
         begin = self._initial()
         # Before the folder is made: a cache that does not fit must leave nothing behind.
         features = self._features(fingerprint)
@@ -298,10 +301,8 @@ class Trainer:
 
     def _operations(self, batch: BlockBatch) -> int:
         found = drafter_operations(self.config, batch)
-        if self.request.cache is None:
-            rows, context = batch.features.shape[:2]
-            found += target_operations(self.target, self.config.tap_layers, rows * context)
-        return found
+        rows, context = batch.features.shape[:2]
+        return found + rows * context * self._of_target_token
 
     def _settle(self) -> None:
         """Wait for the step in flight."""
