@@ -22,6 +22,7 @@ from .chat import chat
 from .doctor import doctor
 from .evaluate import eval_app
 from .generate import generate
+from .inspect import inspect
 from .models import models
 from .output import say_error
 from .pipeline import pipeline_app
@@ -55,6 +56,7 @@ def build_app(state: CliState) -> typer.Typer:
     app.add_typer(pipeline_app, name="pipeline")
     app.add_typer(train_app, name="train")
     app.add_typer(eval_app, name="eval")
+    app.command()(inspect)
     app.command()(models)
     app.command()(plugins)
     app.command()(doctor)

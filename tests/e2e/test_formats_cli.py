@@ -143,3 +143,37 @@ def test_spoilt_folders(
     rewrite(folder, config or (lambda c: None), tensors or (lambda t: None))
     done = cli(*GENERATE, "--target", tiny, "--drafter", folder)
     done.assert_mistake(str(folder), *words, hint=False)
+
+
+# --- inspect ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_inspect(cli: Callable[..., Any], folders: dict[str, Path], name: str) -> None:
+    form, golden = FOLDERS[name]
+    found = cli("inspect", folders[name], "--json").json
+    assert (found["kind"], found["format"]) == ("drafter checkpoint", form)
+    assert found["drafter"] == ("dspark" if golden.markov else "dflash")
+    assert (found["tap_layers"], found["block_size"]) == ([0, 1], 6)
+    assert found["first_slot"] == golden.first_slot
+    assert found["window_rule"] == ("block" if golden.from_anchor else "query")
+    assert found.get("draft_vocab_size") == (golden.words if golden.draft_ids else None)
+    assert found.get("markov") == ({"rank": 6, "kind": "vanilla"} if golden.markov else None)
+    lines = cli("inspect", folders[name]).out.splitlines()
+    assert [line.split() for line in lines if line.startswith("tap_layers")] == [
+        ["tap_layers", "0,", "1"]
+    ]
+
+
+def test_inspect_targets_and_what_is_neither(
+    cli: Callable[..., Any], tiny: Path, tmp_path: Path
+) -> None:
+    found = cli("inspect", tiny, "--json").json
+    assert (found["kind"], found["adapter"], found["path"]) == ("target", "attention", str(tiny))
+    assert found["cache_kinds"] == ["attention", "attention"]
+    cli("inspect", tmp_path / "missing").assert_mistake("missing")
+    folder = write(tmp_path / "d", "z-lab-old", Golden(**SIZES))
+    rewrite(folder, lambda config: config.update(curriculum="slow"))
+    assert "curriculum" in cli("inspect", folder).out
+    rewrite(folder, lambda config: config.pop("block_size"))
+    cli("inspect", folder).assert_mistake(str(folder), "block_size", hint=False)
