@@ -88,7 +88,9 @@ class Prefill:
             self.conversion.before_pass()
             features = self.target.forward(mx.array([chunk]), self.cache).features
             self.conversion.settle()
-            mx.eval([entry.state for entry in self.cache])
+            # Features that are not computed here would keep what they are computed from: caches.
+            wanted = features if self.drafter.alive else None
+            mx.eval([entry.state for entry in self.cache], wanted)
         except Exception as error:
             raise GenerationError(f"the target failed on the prompt: {one_line(error)}") from error
         if features is not None:

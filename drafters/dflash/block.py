@@ -353,7 +353,7 @@ class BlockContext:
         if len({len(row) for row in committed}) > 1:
             raise ValueError("rows of different lengths cannot share a context cache")
         self._pending.append(features[:, : len(committed[0])])
-        if sum(rows.shape[1] for rows in self._pending) > MAX_PENDING:
+        if sum(rows.shape[1] for rows in self._pending) >= MAX_PENDING:
             self._extend()
             mx.async_eval([entry.arrays for entry in self._cache])
 

@@ -207,6 +207,26 @@ def test_doctor_as_json(cli: Callable[..., Any]) -> None:
     assert choices["gated-delta verify"]["kernel"] == "array", "tests run on the CPU"
     assert set(choices["gated-delta verify"]["rejected"]) == {"metal", "cuda"}
     assert report["dtype"]["advice"]
+    assert report["memory"]["context_length"] == 4096
+    assert report["memory"]["unit"] == "bytes"
+
+
+def test_doctor_counts_memory(cli: Callable[..., Any], tiny: Path) -> None:
+    def memory(*options: object) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(cli("doctor", "--json", *options).out)["memory"]
+        return found
+
+    short, long = (memory("--context-length", n) for n in (256, 4096))
+    assert short["target_weights"] == long["target_weights"] > 10**7
+    assert short["caches"] < long["caches"]
+    assert memory("--kv-bits", 8, "--kv-group-size", 32)["caches"] < long["caches"]
+    assert memory("--prefill-step-size", 64)["prefill"] < long["prefill"]
+    assert memory("--memory-limit", 2)["limit"] == 2 * 10**9
+    assert memory("--drafter", "none")["drafter_weights"] == 0
+    assert memory("--target", tiny)["drafter_weights"] == 0
+    shown = cli("doctor", "--context-length", 1000).out
+    assert "memory, at 1000 tokens" in shown
+    assert "MB" in shown
 
 
 def test_doctor_on_another_target(cli: Callable[..., Any], tiny: Path) -> None:

@@ -247,13 +247,16 @@ def test_a_draft_model_and_a_cascade_say_what_they_hold() -> None:
 # --- the prompt -------------------------------------------------------------------------------
 
 
-def test_features_of_one_chunk_are_alive_at_most(tmp_path: Path) -> None:
-    """Memory in use when a chunk begins, less caches and drafter context, does not grow."""
+@pytest.mark.parametrize(("chunk", "steps"), [(600, 6), (100, 12)])
+def test_features_of_one_chunk_are_alive_at_most(tmp_path: Path, chunk: int, steps: int) -> None:
+    """Memory in use when a chunk begins, less caches and what the drafter says it holds, does not
+    grow. Features of the last layer, which no cache needs, are among them: left uncomputed they
+    would keep keys and values of the chunk they come from."""
     model = models.new(models.FAMILIES["qwen3"], max_position_embeddings=8192)
     checkpoint = pipelines.dflash_checkpoint(
         tmp_path / "dflash", hidden=models.HIDDEN, vocab=models.VOCAB, taps=(0, 1, 2)
     )
-    chunk, rest, steps = 600, [], 6
+    rest: list[int] = []
     builder = pipelines.builder(model).drafter("dflash", checkpoint=str(checkpoint))
     with builder.memory(prefill_step_size=chunk).build() as pipeline:
         target = pipeline._parts.target
