@@ -17,6 +17,7 @@ from draftloom.contracts import TargetAdapter
 from draftloom.events import CycleEvent
 from draftloom.pipeline import GenerateOptions
 from tests.support import models, pipelines
+from tests.support.checkpoints import Golden, write
 from tests.support.drafters import ScriptedDrafter
 from tests.support.oracle import Trace, greedy_trace
 
@@ -43,6 +44,7 @@ DRAFTERS = (
     "autoregressive-near",
     "autoregressive-itself",
     "dflash",
+    "dspark",
     "cascade",
     "scripted-right",
     "scripted-wrong",
@@ -123,6 +125,10 @@ def _with_drafter(case: Case, builder: PipelineBuilder, folder: Path) -> Pipelin
         )  # fmt: skip
     if name == "autoregressive":
         return builder.drafter("autoregressive", model=draft_model(case.family, detail))
+    if name == "dspark":
+        return builder.drafter(
+            "dspark", checkpoint=_spark(folder / "dspark"), confidence_threshold=0.05
+        )
     checkpoint = folder / "dflash"
     if not checkpoint.is_dir():
         pipelines.dflash_checkpoint(
@@ -135,6 +141,17 @@ def _with_drafter(case: Case, builder: PipelineBuilder, folder: Path) -> Pipelin
         stages = [lookup, {"use": "dflash", "checkpoint": str(checkpoint)}]
         return builder.drafter("cascade", stages=stages)
     return builder.drafter(case.drafter)
+
+
+def _spark(checkpoint: Path) -> str:
+    """A random DSpark checkpoint that can propose every third token."""
+    if not checkpoint.is_dir():
+        golden = Golden(
+            hidden=models.HIDDEN, vocab=models.VOCAB, taps=TAPS, block=16, first_slot=0,
+            draft_ids=tuple(range(1, models.VOCAB, 3)), markov="gated", confidence=True,
+        )  # fmt: skip
+        write(checkpoint, "speculators", golden)
+    return str(checkpoint)
 
 
 def build(case: Case, folder: Path, tokenizer: Any = None) -> PipelineBuilder:
@@ -210,7 +227,14 @@ def _check_shown(drafter: ScriptedDrafter, trace: Trace, count: int) -> None:
 
 def _check_use(case: Case, drafted: int) -> None:
     """That the drafter did its work: the rest says nothing about one that never proposes."""
-    proposes = ("autoregressive", "dflash", "scripted-right", "scripted-wrong", "scripted-half")
+    proposes = (
+        "autoregressive",
+        "dflash",
+        "dspark",
+        "scripted-right",
+        "scripted-wrong",
+        "scripted-half",
+    )
     if case.block_size > 1 and case.drafter.startswith(proposes):
         assert drafted > 0, f"{case}: nothing was drafted"
     if case.block_size == 1 or case.drafter == "none":
