@@ -40,7 +40,7 @@ from .dflash.block import (
     with_taps,
 )
 from .dflash.context import ContextCache
-from .dflash.model import DFlashLayer, DFlashModel
+from .dflash.model import DFlashLayer, DFlashModel, Masks
 
 __all__ = ["DFlash2Drafter", "DFlash2Model"]
 
@@ -94,10 +94,10 @@ class _Layer(DFlashLayer):
         self.attention_conv = _Convolution(config, kernel)
         self.mlp_conv = _Convolution(config, kernel)
 
-    def __call__(self, x: mx.array, cache: ContextCache) -> mx.array:
+    def __call__(self, x: mx.array, cache: ContextCache, masks: Masks) -> mx.array:
         """Block [B, T, D] after the layer. The context's keys and values see no convolution."""
         normed = self.input_layernorm(x)
-        h = x + self.attention_conv(normed, lambda inner: self.self_attn(inner, cache))
+        h = x + self.attention_conv(normed, lambda inner: self.self_attn(inner, cache, masks))
         return h + self.mlp_conv(self.post_attention_layernorm(h), self.mlp)
 
 

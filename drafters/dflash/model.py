@@ -21,7 +21,11 @@ from draftloom.device import on_cuda
 
 from .context import ContextCache, ContextWindow
 
-__all__ = ["DFlashLayer", "DFlashModel"]
+__all__ = ["DFlashLayer", "DFlashModel", "Masks"]
+
+
+Masks = dict[tuple[Any, ...], mx.array | None]
+"""The masks of one pass: layers of one kind look through the same one."""
 
 
 class _Attention(nn.Module):
@@ -67,7 +71,7 @@ class _Attention(nn.Module):
             return None
         return self.window if self.window_from_anchor else self.window - 1
 
-    def __call__(self, x: mx.array, cache: ContextCache) -> mx.array:
+    def __call__(self, x: mx.array, cache: ContextCache, masks: Masks) -> mx.array:
         """Block [B, T, D] at the position after the context, over that context and itself."""
         rows, tokens, _ = x.shape
         queries = self.q_norm(self.q_proj(x).reshape(rows, tokens, self.heads, self.head_dim))
@@ -75,8 +79,11 @@ class _Attention(nn.Module):
         keys, values = cache.with_block(*self.keys_values(x, cache.offset))
         if on_cuda():  # its attention is planned for the number of keys: one for many cycles
             keys, values = cache.arrays
+        kind = (self.window, self.causal, cache.sinks, cache.window, keys.shape[2])
+        if kind not in masks:
+            masks[kind] = self._mask(tokens, cache, keys.shape[2])
         output = mx.fast.scaled_dot_product_attention(
-            queries, keys, values, scale=self.scale, mask=self._mask(tokens, cache, keys.shape[2])
+            queries, keys, values, scale=self.scale, mask=masks[kind]
         )
         return self.o_proj(output.transpose(0, 2, 1, 3).reshape(rows, tokens, -1))
 
@@ -125,9 +132,9 @@ class DFlashLayer(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def __call__(self, x: mx.array, cache: ContextCache) -> mx.array:
+    def __call__(self, x: mx.array, cache: ContextCache, masks: Masks) -> mx.array:
         """Block [B, T, D] after the layer, over the context in its cache."""
-        h = x + self.self_attn(self.input_layernorm(x), cache)
+        h = x + self.self_attn(self.input_layernorm(x), cache, masks)
         return h + self.mlp(self.post_attention_layernorm(h))
 
 
@@ -189,9 +196,9 @@ class DFlashModel(nn.Module):
 
     def __call__(self, embeddings: mx.array, cache: list[ContextCache]) -> mx.array:
         """Normed hidden states [B, T, D] of a block's embeddings [B, T, D]."""
-        h = embeddings
+        h, masks = embeddings, Masks()
         for layer, entry in zip(self.layers, cache, strict=True):
-            h = layer(h, entry)
+            h = layer(h, entry, masks)
         return self.norm(h)
 
 
