@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import attrs
 import typer
 
+from .doctor import CONTEXT
 from .offline import OfflineOption
 from .options import JsonOption
 from .state import state_of
 
 if TYPE_CHECKING:
+    from draftloom.model_info import ModelInfo
     from draftloom.plugins import PluginManager
 
 __all__ = ["inspect", "report"]
@@ -55,10 +57,29 @@ def report(plugins: PluginManager, reference: str) -> dict[str, Any]:
     description = plugins.describe_checkpoint(model)
     if description is not None:
         fields = _plain(description)
-        return {"kind": "drafter checkpoint", **{k: v for k, v in fields.items() if v is not None}}
+        known = {k: v for k, v in fields.items() if v is not None}
+        return {"kind": "drafter checkpoint", **known, "memory": _memory(plugins, model, None)}
     component = plugins.adapter_for(model)
-    target = attrs.evolve(component.load().describe(model), adapter=component.name)
-    return {"kind": "target", "path": str(path), **_plain(target)}
+    adapter = component.load()
+    target = attrs.evolve(adapter.describe(model), adapter=component.name)
+    memory = _memory(plugins, model, adapter)
+    return {"kind": "target", "path": str(path), **_plain(target), "memory": memory}
+
+
+def _memory(plugins: PluginManager, model: ModelInfo, adapter: Any) -> dict[str, Any]:
+    """Bytes of the weights once loaded, and of a target's caches at `CONTEXT` tokens; None is not
+    known (weights that are not downloaded)."""
+    from draftloom.memory import Sketches, cache_costs
+
+    weights = plugins.estimate_weights(model, "auto")
+    found = {"unit": "bytes", "weights": None if weights is None else weights.size}
+    if adapter is None:
+        return found
+    caches = None
+    if weights is not None and isinstance(adapter, Sketches):
+        costs, _ = cache_costs(*adapter.sketch(model, weights.dtype), None)
+        caches = sum(cost.at(CONTEXT) for cost in costs)
+    return {**found, "caches": caches, "context_length": CONTEXT}
 
 
 def _plain(value: Any) -> Any:
