@@ -16,6 +16,7 @@ from .options import (
     AcceptanceOption,
     BlockSizeOption,
     DrafterBitsOption,
+    DrafterConfidenceOption,
     DrafterOption,
     DrafterSinksOption,
     DrafterWindowOption,
@@ -53,6 +54,7 @@ def audit(
     drafter: DrafterOption = None,
     drafter_bits: DrafterBitsOption = None,
     drafter_window: DrafterWindowOption = None,
+    drafter_confidence: DrafterConfidenceOption = None,
     drafter_sinks: DrafterSinksOption = None,
     offline: OfflineOption = False,
     verifier: VerifierOption = None,
@@ -72,6 +74,7 @@ def audit(
     text_options(max_tokens, None)
     flags = PipelineFlags(
         target=target, drafter=drafter, drafter_bits=drafter_bits,
+        drafter_confidence=drafter_confidence,
         drafter_window=drafter_window, drafter_sinks=drafter_sinks, verifier=verifier,
         acceptance=acceptance,
         rollback=rollback, block_size=block_size, pipeline=pipeline, dtype=dtype, temperature=0.0,

@@ -23,6 +23,7 @@ from .options import (
     AcceptanceOption,
     BlockSizeOption,
     DrafterBitsOption,
+    DrafterConfidenceOption,
     DrafterOption,
     DrafterSinksOption,
     DrafterWindowOption,
@@ -90,6 +91,7 @@ def chat(
     drafter: DrafterOption = None,
     drafter_bits: DrafterBitsOption = None,
     drafter_window: DrafterWindowOption = None,
+    drafter_confidence: DrafterConfidenceOption = None,
     drafter_sinks: DrafterSinksOption = None,
     offline: OfflineOption = False,
     verifier: VerifierOption = None,
@@ -126,6 +128,7 @@ def chat(
     """
     flags = PipelineFlags(
         target=target, drafter=drafter, drafter_bits=drafter_bits,
+        drafter_confidence=drafter_confidence,
         drafter_window=drafter_window, drafter_sinks=drafter_sinks, verifier=verifier,
         acceptance=acceptance,
         rollback=rollback, block_size=block_size, pipeline=pipeline, dtype=dtype,

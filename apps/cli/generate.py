@@ -24,6 +24,7 @@ from .options import (
     AcceptanceOption,
     BlockSizeOption,
     DrafterBitsOption,
+    DrafterConfidenceOption,
     DrafterOption,
     DrafterSinksOption,
     DrafterWindowOption,
@@ -100,6 +101,7 @@ def generate(
     drafter: DrafterOption = None,
     drafter_bits: DrafterBitsOption = None,
     drafter_window: DrafterWindowOption = None,
+    drafter_confidence: DrafterConfidenceOption = None,
     drafter_sinks: DrafterSinksOption = None,
     offline: OfflineOption = False,
     verifier: VerifierOption = None,
@@ -138,6 +140,7 @@ def generate(
     """
     flags = PipelineFlags(
         target=target, drafter=drafter, drafter_bits=drafter_bits,
+        drafter_confidence=drafter_confidence,
         drafter_window=drafter_window, drafter_sinks=drafter_sinks, verifier=verifier,
         acceptance=acceptance,
         rollback=rollback, block_size=block_size, width=width, park=park, pipeline=pipeline,

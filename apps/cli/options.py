@@ -22,6 +22,7 @@ __all__ = [
     "AcceptanceOption",
     "BlockSizeOption",
     "DrafterBitsOption",
+    "DrafterConfidenceOption",
     "DrafterOption",
     "DrafterSinksOption",
     "DrafterWindowOption",
@@ -88,6 +89,14 @@ DrafterSinksOption = Annotated[
     typer.Option(
         metavar="S",
         help="First positions that it keeps beside them. Default: 64.",
+        rich_help_panel=PARTS,
+    ),
+]
+DrafterConfidenceOption = Annotated[
+    float | None,
+    typer.Option(
+        metavar="P",
+        help="End a dspark draft where its confidences together fall below this. Default: off.",
         rich_help_panel=PARTS,
     ),
 ]
@@ -194,6 +203,7 @@ class PipelineFlags:
         target, drafter, verifier, acceptance, dtype: names as the builder takes them.
         drafter_bits, drafter_window, drafter_sinks: options ``bits``, ``window`` and ``sinks`` of
             the drafter.
+        drafter_confidence: its option ``confidence_threshold``.
         rollback: ``NAME``, or ``KIND=NAME,KIND=NAME``.
         block_size: tokens a cycle verifies, the anchor included.
         width: a width policy, or draft tokens a cycle.
@@ -207,6 +217,7 @@ class PipelineFlags:
     target: str | None = None
     drafter: str | None = None
     drafter_bits: int | None = None
+    drafter_confidence: float | None = None
     drafter_window: int | None = None
     drafter_sinks: int | None = None
     verifier: str | None = None
@@ -303,9 +314,10 @@ class PipelineFlags:
         given = {name: value for name, value in options.items() if value is not None}
         return builder.memory(**{**attrs.asdict(spec.memory), **given}) if given else builder
 
-    def _drafter_options(self) -> dict[str, int]:
+    def _drafter_options(self) -> dict[str, float]:
         names = ("bits", "window", "sinks")
-        given = {name: getattr(self, f"drafter_{name}") for name in names}
+        given: dict[str, float | None] = {n: getattr(self, f"drafter_{n}") for n in names}
+        given["confidence_threshold"] = self.drafter_confidence
         return {name: value for name, value in given.items() if value is not None}
 
     def _sampling(self) -> dict[str, Any]:

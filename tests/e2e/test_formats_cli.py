@@ -76,6 +76,11 @@ def test_a_threshold_in_a_pipeline_file(
     found = cli(*GENERATE, "--pipeline", file).json
     alone = cli(*GENERATE, "--target", tiny, "--drafter", "none").json
     assert found["token_ids"] == alone["token_ids"]
+    given = ("--target", tiny, "--drafter", folders["dspark"], "--drafter-confidence")
+    assert cli(*GENERATE, *given, 0.3).json["token_ids"] == alone["token_ids"]
+    cli(*GENERATE, *given, 2).assert_mistake("confidence_threshold must be in [0, 1), got 2")
+    lookup = cli(*GENERATE, "--drafter", "prompt-lookup", "--drafter-confidence", 0.5)
+    lookup.assert_mistake("has no option 'confidence_threshold'")
     packed = cli(*GENERATE, "--pipeline", file, "--drafter-bits", 8)
     packed.assert_mistake("cannot be packed to 8 bits", "leave drafter bits out")
     file.write_text(text % 1.5, encoding="utf-8")
