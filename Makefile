@@ -36,12 +36,16 @@ PINS := constraints/base.txt $(if $(filter none,$(BACKEND)),,constraints/$(BACKE
 PACKAGES := core drafters verifiers caches kernels adapters apps
 SOURCES = $(shell find $(PACKAGES) -type f -not -name '*.pyc' 2>/dev/null)
 PYTEST := $(PY) -m pytest -q -n $(JOBS)
+OLDEST := build/oldest
+OLDEST_TESTS := $(addprefix tests/,parity/test_mlx_lm_contract.py parity/test_families.py \
+  parity/test_more_families.py parity/test_recurrent.py parity/test_dflash.py \
+  property/test_sliding_window_cache.py unit/test_engine.py unit/test_kv_cache.py unit/test_api.py)
 
 ifeq ($(filter none cuda cpu,$(BACKEND)),)
 $(error BACKEND is '$(BACKEND)'; it can be none (macOS), cuda or cpu)
 endif
 
-.PHONY: help setup demo test quick lint format types imports wheel-check ci lock upgrade clean
+.PHONY: help setup demo test test-oldest quick lint format types imports wheel-check ci lock upgrade clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -88,6 +92,21 @@ test: $(READY) ## all tests, quick and slow (ARGS="-k rollback" to choose)
 
 quick: $(READY) ## the quick tests
 	@$(PYTEST) -m "not slow" $(ARGS)
+
+# The oldest mlx and mlx-lm that pyproject.toml allows, in an environment of their own; everything
+# else as pinned. `make test` runs on the newest.
+$(OLDEST)/.ready: constraints/oldest.txt constraints/base.txt pyproject.toml $(DEPS)
+	@rm -rf $(OLDEST) && $(PY) -m venv $(OLDEST)
+	@$(OLDEST)/bin/python -m pip install -qq --disable-pip-version-check --no-input \
+	  --require-hashes --no-deps --only-binary :all: -r constraints/base.txt
+	@$(OLDEST)/bin/python -m pip install -qq --disable-pip-version-check --no-input \
+	  --require-hashes --no-deps --only-binary :all: -r constraints/oldest.txt
+	@$(OLDEST)/bin/python -m pip install -qq --disable-pip-version-check --no-input \
+	  --no-deps --no-build-isolation --no-index --editable .
+	@touch $@
+
+test-oldest: $(OLDEST)/.ready ## the contract with mlx-lm and the core, on the oldest mlx and mlx-lm
+	@$(OLDEST)/bin/python -m pytest -q -n $(JOBS) -m "not slow" $(OLDEST_TESTS) $(ARGS)
 
 lint: $(READY) ## ruff: rules and formatting
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .

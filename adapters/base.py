@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from mlx_lm.models.cache import (
 from mlx_lm.utils import _get_classes
 
 from draftloom.contracts import CacheKind, TargetInfo, TargetOutput
-from draftloom.errors import ModelError, UsageError
+from draftloom.errors import ModelError, UnsupportedModelError, UsageError
 from draftloom.model_info import ModelInfo
 
 from .taps import LayerTaps
@@ -44,17 +45,39 @@ def make_skeleton(model: ModelInfo) -> tuple[Any, Any]:
     MLX makes arrays lazily, so that the skeleton holds none.
 
     Raises:
-        ModelError: mlx-lm does not know the model type, or the config lacks what its class needs.
+        ModelError: mlx-lm does not know the model type, or the config lacks what its class needs;
+            names the file and the keys.
+        UnsupportedModelError: mlx-lm cannot make such a model here.
     """
     try:
         config = copy.deepcopy(dict(model.config))  # mlx-lm's arguments rewrite nested tables
         model_class, args_class = _get_classes(config)
         skeleton = model_class(args_class.from_dict(config))
-    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        reason = f"{type(error).__name__}: {error}"
+    except SystemExit as error:  # how mlx-lm says that a package is missing
+        raise UnsupportedModelError(
+            f"model type {model.model_type!r} of {model.name} needs a package that is not "
+            "installed: mlx-lm ends the process instead of loading it",
+            "what mlx-lm printed names the package",
+        ) from error
+    except (RuntimeError, ImportError) as error:
+        raise UnsupportedModelError(
+            f"mlx-lm cannot make a {model.model_type} model here: {_one_line(error)}",
+            "it needs another device, or a package",
+        ) from error
+    except (
+        KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError,
+        AssertionError,
+    ) as error:  # fmt: skip
+        where = model.name if model.path is None else model.path / "config.json"
+        lacking = _lacking(error)
+        if lacking:
+            raise ModelError(
+                f"{where} lacks {lacking}, which a {model.model_type} model needs",
+                "is it complete?",
+            ) from error
         raise ModelError(
-            f"the config of {model.name} does not describe a {model.model_type} model: {reason}",
-            "is its config.json complete?",
+            f"{where} does not describe a {model.model_type} model: {_one_line(error)}",
+            "is it complete?",
         ) from error
     text = language_model(skeleton)
     return skeleton, getattr(text, "args", getattr(skeleton, "args", None))
@@ -70,6 +93,18 @@ def sketch(model: ModelInfo, dtype: mx.Dtype) -> tuple[Callable[..., Any], list[
     skeleton, _ = make_skeleton(model)
     skeleton.set_dtype(dtype)
     return (lambda tokens, cache: skeleton(tokens, cache=cache)), make_prompt_cache(skeleton)
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _lacking(error: Exception) -> str:
+    """The config keys that an error says are missing; empty where it is about something else."""
+    if isinstance(error, KeyError):
+        return repr(error.args[0]) if error.args else ""
+    _, _, names = str(error).partition("required positional argument")
+    return ", ".join(re.findall(r"'\w+'", names))
 
 
 def describe_model(model: ModelInfo, adapter: str) -> tuple[TargetInfo, Any]:

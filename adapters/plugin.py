@@ -12,6 +12,7 @@ from draftloom.spec import ComponentSpec
 
 __all__ = [
     "estimate_weights",
+    "fetch_weights",
     "load_model",
     "locate_model",
     "register_target_adapters",
@@ -34,6 +35,14 @@ def locate_model(reference: str) -> Path | None:
     from .locate import locate
 
     return locate(reference)
+
+
+@hookimpl
+def fetch_weights(path: Path) -> None:
+    """Repositories of the hub's cache."""
+    from .hub import Hub
+
+    Hub().complete(path)
 
 
 @hookimpl(trylast=True)

@@ -57,14 +57,16 @@ def describe_whole(model: ModelInfo, adapter: str, check: Callable[..., str]) ->
         UnsupportedModelError: its forward is not that of a language model.
     """
     skeleton, args = make_skeleton(model)
-    caches = make_prompt_cache(skeleton)
-    parts = Parts.of(skeleton)
     try:
+        caches = make_prompt_cache(skeleton)
+        parts = Parts.of(skeleton)
         logits = skeleton(mx.zeros((1, 2), dtype=mx.int32), cache=caches)
         hidden_size = _hidden_size(args, parts)
         reason = check(skeleton, parts, hidden_size)
         vocab_size = int(logits.shape[-1])
-    except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+    except (
+        TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError, AssertionError,
+    ) as error:  # fmt: skip
         raise UnsupportedModelError(
             f"{model.name} ({model.model_type}) does not run as a language model: "
             f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
@@ -80,6 +82,7 @@ def describe_whole(model: ModelInfo, adapter: str, check: Callable[..., str]) ->
         cache_kinds=tuple(cache_kind(cache) for cache in make_prompt_cache(skeleton)),
         context_limit=_first_int(args, *LIMITS),
         can_tap=not reason,
+        why_no_taps=reason,
     )
 
 
@@ -166,7 +169,9 @@ class WholeModelAdapter:
             self._taps.clear()
 
     def _refuse(self) -> UsageError:
+        reason = self.info.why_no_taps
         return UsageError(
-            f"the hidden states of {self.info.model_type} models cannot be taken",
+            f"the hidden states of {self.info.model_type} models cannot be taken"
+            + (f": {reason}" if reason else ""),
             "use a drafter that needs none, as prompt-lookup or autoregressive",
         )

@@ -200,6 +200,8 @@ class PipelineBuilder:
         if self._loaded is None and not weights_fit(self.plugins, plan):
             alone = attrs.evolve(plan.spec, drafter=ComponentSpec("none"), width=ComponentSpec())
             plan = self._with(**attrs.asdict(alone, recurse=False)).check()
+        for folder in plan.folders:
+            self.plugins.fetch_weights(folder)
         loaded = self._loaded or self.plugins.load_model(plan.model, plan.spec.dtype)
         target: TargetAdapter = plan.adapter(loaded.model, plan.target)
         try:

@@ -178,6 +178,7 @@ class TargetInfo:
         cache_kinds: kind of each entry of `make_cache()`, in order.
         context_limit: most positions it was made for; None is unknown.
         can_tap: whether hidden states can be taken.
+        why_no_taps: why they cannot; may be empty.
         tape_kinds: cache kinds whose layers can record a tape.
     """
 
@@ -190,6 +191,7 @@ class TargetInfo:
     cache_kinds: tuple[CacheKind, ...]
     context_limit: int | None = None
     can_tap: bool = True
+    why_no_taps: str = ""
     tape_kinds: tuple[CacheKind, ...] = ()
 
 

@@ -108,8 +108,18 @@ def register_commands(cli: Any) -> None:
 def locate_model(reference: str) -> Path | None:
     """The local folder of a model reference (folder, bundled name, hub repository).
 
-    Called when a target, drafter checkpoint or draft model is named. None: not mine.
+    Called when a target, drafter checkpoint or draft model is named. Config and index suffice;
+    weights come by `fetch_weights`. None: not mine.
     Raise `ModelError` for one that is mine and cannot be had.
+    """
+
+
+@hookspec
+def fetch_weights(path: Path) -> None:
+    """Bring what a model folder lacks of its weights, if it is yours.
+
+    Called after the graph has passed every check, for each folder that a component was given. All
+    plugins are asked; another's folder is left be. Raise `ModelError` where they cannot be had.
     """
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -124,6 +125,9 @@ class ModelInfo:
         """
         args = getattr(model, "args", None) or getattr(model, "config", None)
         config = dict(vars(args)) if args is not None and hasattr(args, "__dict__") else {}
+        for key, value in config.items():  # parts that mlx-lm has made arguments of
+            if dataclasses.is_dataclass(value) and not isinstance(value, type):
+                config[key] = dict(vars(value))
         config.setdefault("model_type", getattr(model, "model_type", ""))
         if not config["model_type"]:
             raise ModelError(

@@ -315,6 +315,14 @@ class PluginManager:
             )
         return Path(path)
 
+    def fetch_weights(self, path: Path) -> None:
+        """Have plugins bring what a model folder lacks of its weights.
+
+        Raises:
+            ModelError: they cannot be had.
+        """
+        self.hook.fetch_weights(path=path)
+
     def load_model(self, model: ModelInfo, dtype: str) -> LoadedModel:
         """Weights and tokenizer of a model.
 
@@ -335,13 +343,29 @@ class PluginManager:
 
         Raises:
             UnsupportedModelError: no adapter claims it; names those asked.
+            PluginError: adapters of two plugins claim it, and nobody says which it is to be.
         """
         name = self.hook.resolve_target_adapter(model=model)
         if name is not None:
             return self.component("adapter", name)
+        found: Component | None = None
         for component in self.components("adapter"):
-            if component.load().claims(model):
-                return component
+            if component.plugin in BUILTIN_PLUGINS and found is not None:
+                return found
+            if not component.load().claims(model):
+                continue
+            if found is not None and found.plugin != component.plugin:
+                raise PluginError(
+                    f"model type {model.model_type!r} of {model.name} is claimed by two adapters: "
+                    f"{found.name!r} of plugin {found.plugin!r} and {component.name!r} of plugin "
+                    f"{component.plugin!r}",
+                    "uninstall one of them, or answer the hook resolve_target_adapter",
+                )
+            found = found or component
+            if found.plugin in BUILTIN_PLUGINS:
+                return found
+        if found is not None:
+            return found
         asked = ", ".join(c.name for c in self.components("adapter")) or "none"
         raise UnsupportedModelError(
             f"no adapter claims model type {model.model_type!r} of {model.name}; asked: {asked}",

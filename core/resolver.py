@@ -61,7 +61,7 @@ class Blueprint:
         adapter, drafter, verifier, acceptance, width, rollbacks, nodes: the components made
             (adapter: its class; rollbacks: by cache kind; nodes: by node name).
         names: names of target, adapter, drafter, verifier, acceptance, rollback, width.
-        folders: model folders that the drafter's options name.
+        folders: model folders that the drafter's options name; their weights may not be here yet.
         sampling: default sampling parameters.
     """
 
@@ -416,7 +416,9 @@ class Resolver:
     def _check_drafter(self, target: TargetInfo, drafter: Any, acceptance: Any, width: Any) -> None:
         info = drafter.info
         if info.tap_layers and not target.can_tap:
-            self._problem(info.name, f"needs hidden states, adapter {target.adapter!r} has no taps")
+            message = f"needs hidden states, adapter {target.adapter!r} has no taps"
+            why = target.why_no_taps and f"{target.model_type}: {target.why_no_taps}"
+            self._problem(info.name, message, why)
         outside = [layer for layer in info.tap_layers if not 0 <= layer < target.num_layers]
         if outside:
             self._problem(

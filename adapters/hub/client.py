@@ -1,7 +1,7 @@
 """Fetching repositories into the hub's own cache, in two steps.
 
 Config, tokenizer and index come when a model is located: enough to check a pipeline. Weights come
-when it is loaded. A drafter reads its own weights and comes whole. Files appear in the cache under
+when it is loaded. Files appear in the cache under
 their names only once they are whole, so that an interrupted download is never taken for a model.
 """
 
@@ -30,7 +30,6 @@ from .files import (
     SMALL,
     check_config,
     check_listing,
-    is_whole_model,
     matching,
     read_json,
     weights_in,
@@ -84,7 +83,7 @@ class Hub:
         return Path(constants.HF_HUB_CACHE) if self.cache is None else self.cache
 
     def locate(self, repository: Repository) -> Path:
-        """The folder of a repository with its small files; a drafter's weights as well.
+        """The folder of a repository with its small files; `complete` brings the weights.
 
         Where the hub gives no answer and the cache has the repository, that serves, and a warning
         is logged.
@@ -95,8 +94,6 @@ class Hub:
         folder = self._cached(repository) if self.offline else self._small_files(repository)
         config = read_json(folder / "config.json")
         check_config(repository.name, config)
-        if not is_whole_model(config, [file.name for file in folder.iterdir()]):
-            self.complete(folder)
         return folder
 
     def complete(self, folder: Path) -> None:

@@ -21,7 +21,6 @@ __all__ = [
     "again",
     "check_config",
     "check_listing",
-    "is_whole_model",
     "read_json",
     "weights_in",
     "weights_of",
@@ -120,12 +119,6 @@ def check_config(repository: str, config: Mapping[str, Any]) -> None:
         f"{repository} needs code of its own ({key} in its config.json), which is never run",
         "name a model of a family that mlx-lm or an installed plugin brings",
     )
-
-
-def is_whole_model(config: Mapping[str, Any], names: Collection[str]) -> bool:
-    """Whether a repository is a language model by itself: with a tokenizer, and no drafter (which
-    takes embeddings and tokenizer from its target)."""
-    return bool(matching(names, TOKENIZERS)) and not _is_drafter(config)
 
 
 def weights_of(names: Collection[str], index: Mapping[str, Any] | None) -> list[str]:

@@ -84,9 +84,10 @@ def build(builder: PipelineBuilder) -> Pipeline:
     from draftloom.adapters.hub import Hub
 
     plan = builder.check()  # so that a mistake is said before anything moves on the screen
-    if plan.model.path is not None:
+    folders = plan.folders if plan.model.path is None else (plan.model.path, *plan.folders)
+    for folder in folders:
         with suppress(ModelError):  # loading says it; here the download has the line to itself
-            Hub().complete(plan.model.path)
+            Hub().complete(folder)
     name = builder.spec.target or "the bundled pair"
     if not plan.acceptance.info.lossless:
         say_note(

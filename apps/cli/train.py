@@ -333,7 +333,7 @@ def drafter(
     plugins = state_of(context).plugins
     request = TrainRequest(
         target=target or "", data=tuple(data), out=out, settings=settings, design=design,
-        init=None if init is None else plugins.locate_model(init), cache=features,
+        init=None if init is None else _checkpoint(plugins, init), cache=features,
         responses=written, responses_folder=responses, cache_bytes=budget,
         dtype=dtype or "auto", resume=resume,
     )  # fmt: skip
@@ -362,6 +362,13 @@ def _responses(
             "give --regenerate, or --data with what it wrote before",
         )
     return None
+
+
+def _checkpoint(plugins: Any, reference: str) -> Path:
+    """The folder of a drafter, with its weights."""
+    folder: Path = plugins.locate_model(reference)
+    plugins.fetch_weights(folder)
+    return folder
 
 
 def _run(request: Any, plugins: Any) -> None:

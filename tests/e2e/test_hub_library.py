@@ -69,10 +69,22 @@ def test_config_first_then_the_weights(hub: Hub, server: HubServer, tiny: Path) 
     assert server.fetched() == [], "cached"
 
 
-def test_a_drafter_comes_whole(hub: Hub, server: HubServer) -> None:
+def test_a_drafter_s_weights_come_when_it_is_built(
+    hub: Hub, server: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checking a pipeline needs its config; `build` asks for the rest before it is bound."""
+    monkeypatch.setattr("draftloom.adapters.locate.Hub", lambda: hub)
+    monkeypatch.setattr("draftloom.adapters.hub.Hub", lambda: hub)
     server.add("lab/draft", folder_files(default_pair().draft))
-    folder = hub.locate(Repository("lab/draft"))
-    assert (folder / "model.safetensors").is_file()
+    builder = PipelineBuilder().drafter("lab/draft")
+    plan = builder.check()
+    (folder,) = plan.folders
+    assert plan.names["drafter"] == "dflash"
+    assert not (folder / "model.safetensors").exists()
+    assert "model.safetensors" not in server.fetched()
+    with builder.build():
+        assert (folder / "model.safetensors").is_file()
+    assert server.fetched() == ["model.safetensors"]
 
 
 def test_shards_are_those_of_the_index(hub: Hub, server: HubServer, tiny: Path) -> None:

@@ -198,7 +198,7 @@ def _weight(rng: np.random.Generator, name: str, shape: tuple[int, ...], tied: b
         return 0.4 * noise if tied else noise
     if name.endswith("bias"):  # of a projection, or of an expert's score
         return 0.2 * noise
-    if len(shape) == 1:  # a norm
+    if len(shape) <= 1:  # a norm, or a factor
         return 1 + 0.2 * noise
     if "conv1d" in name:
         return 0.6 * noise

@@ -406,7 +406,7 @@ def test_a_model_that_no_adapter_claims(tmp_path: Path) -> None:
         (None, "has no config.json"),
         ("{", "cannot be read"),
         ("[]", "has no model_type"),
-        ('{"model_type": "qwen3"}', "does not describe a qwen3 model"),
+        ('{"model_type": "qwen3"}', "config.json lacks 'hidden_size', "),
     ],
 )
 def test_folders_that_are_no_model(tmp_path: Path, config: str | None, expected: str) -> None:

@@ -109,3 +109,14 @@ def test_backends_of_mlx_are_pinned_at_its_version() -> None:
 
 def test_no_lock_file_with_hosts_is_committed() -> None:
     assert "uv.lock" in (ROOT / ".gitignore").read_text().splitlines()
+
+
+def test_the_oldest_versions_are_the_lower_bounds() -> None:
+    """`make test-oldest` runs on what pyproject.toml claims."""
+    needs = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    pins = (ROOT / "constraints/oldest.txt").read_text()
+    for name in ("mlx", "mlx-lm"):
+        (bound,) = [n for n in needs if re.match(rf"{name}>=", n)]
+        lowest = re.search(r">=([\d.]+)", bound)
+        assert lowest is not None
+        assert re.search(rf"^{name}=={re.escape(lowest[1])} ", pins, re.MULTILINE), bound

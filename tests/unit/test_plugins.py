@@ -62,7 +62,12 @@ class Bare(NoDrafter):
 class Stranger(NoDrafter):
     """Made for another target."""
 
-    info = ComponentInfo("stranger", law=DraftLaw.DETERMINISTIC, paired=("stranger",))
+    info = ComponentInfo(
+        "stranger", law=DraftLaw.DETERMINISTIC, paired=("stranger",), model_options=("folder",)
+    )
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
     def propose(self, anchor: Any, width: int, sampling: Any) -> Draft:
         return Draft.deterministic(mx.zeros((1, 1), dtype=mx.int32))
@@ -471,6 +476,10 @@ class RecordingPlugin:
         return self._folder if reference == "recording:tiny" else None
 
     @hookimpl
+    def fetch_weights(self, path: Path) -> None:
+        self._note(path)
+
+    @hookimpl
     def load_model(self, model: ModelInfo, dtype: str) -> LoadedModel:
         self._note((model.name, dtype))
         from .fakes import model as tiny
@@ -590,7 +599,7 @@ def test_every_hook_is_called(recording: RecordingPlugin, tmp_path: Path) -> Non
     failing = builder.drafter(str(checkpoint)).insert("recording.node", after="verify", calls=2)
     with failing.build() as pipeline, pytest.raises(GenerationError, match="the probe is broken"):
         pipeline.generate(PROMPT, max_tokens=6)
-    with builder.drafter("recording.stranger").build() as pipeline:
+    with builder.drafter("recording.stranger", folder=str(checkpoint)).build() as pipeline:
         pipeline._parts.monitor._evidence = 20.0  # rings whatever the first cycle brings
         with pytest.warns(DrafterMismatchWarning):
             pipeline.generate(PROMPT, max_tokens=3)
@@ -609,6 +618,7 @@ def test_every_hook_is_called(recording: RecordingPlugin, tmp_path: Path) -> Non
     assert calls["locate_model"][0] == "recording:tiny"
     assert calls["load_model"][0] == ("recording:tiny", "auto")
     assert calls["estimate_weights"][0] == ("recording:tiny", "auto")
+    assert calls["fetch_weights"] == [checkpoint]
     assert calls["resolve_target_adapter"][0] == ATTENTION["model_type"]
     assert set(calls["resolve_cache_rollback"]) == {CacheKind.ATTENTION}
     assert calls["resolve_drafter"][0] == "recording:tiny"
@@ -621,6 +631,39 @@ def test_every_hook_is_called(recording: RecordingPlugin, tmp_path: Path) -> Non
     (failure,) = calls["generation_failed"]
     assert failure.generated_tokens == 2
     assert "the probe is broken" in failure.message
+
+
+class Anything:
+    """An adapter that serves everything, or nothing."""
+
+    info = ComponentInfo("claims")
+    claimed = True
+
+    @classmethod
+    def claims(cls, model: ModelInfo) -> bool:
+        return cls.claimed
+
+
+class Lazy(Anything):
+    claimed = False
+
+
+def test_two_plugins_that_claim_one_model_are_named() -> None:
+    one = Offer(adapter={"one.adapter": Anything}, name="one")
+    two = Offer(adapter={"two.adapter": Anything}, name="two")
+    info = ModelInfo("lab/model", None, {"model_type": "qwen3"})
+    for alone in (one, two):
+        assert plugins(alone).adapter_for(info).plugin == alone.__name__, "before the built-in ones"
+    idle = Offer(adapter={"idle.adapter": Lazy}, name="idle")
+    assert plugins(idle, one).adapter_for(info).name == "one.adapter"
+    assert plugins(idle).adapter_for(info).name == "attention"
+    with pytest.raises(
+        PluginError, match="model type 'qwen3' of lab/model is claimed by two"
+    ) as no:
+        plugins(one, idle, two).adapter_for(info)
+    for word in ("'one.adapter' of plugin 'one'", "'two.adapter' of plugin 'two'"):
+        assert word in no.value.message
+    assert "resolve_target_adapter" in no.value.hint
 
 
 def test_registered_components_of_every_kind(recording: RecordingPlugin) -> None:
