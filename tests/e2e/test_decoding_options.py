@@ -85,6 +85,12 @@ def test_log_probabilities_in_json_and_trace(
     alone = cli(*arguments, "--json", "--logprobs").json["logprobs"]
     assert [record["logprob"] for record in alone] == [r["logprob"] for r in found["logprobs"]]
     assert all(record["top"] == [] for record in alone)
+    text = found["text"]
+    for end in (text[2:6], text[len(text) // 2 :][:3]):  # a stop string ends inside a block
+        cut = cli(*arguments, "--json", "--logprobs", "--stop", end).json
+        count = len(cut["token_ids"])
+        assert count < len(own[0])
+        assert cut["logprobs"] == alone[:count]
     done = cli(*arguments, "--logprobs")
     done.assert_mistake("--logprobs has no place in plain text", "--json")
 

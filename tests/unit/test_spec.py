@@ -1,9 +1,11 @@
 """A pipeline as TOML: reading and writing are inverse; every mistake is listed."""
 
+import math
 import tomllib
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -13,11 +15,14 @@ from draftloom import (
     GraphError,
     InsertSpec,
     KVQuantization,
+    PipelineBuilder,
     PipelineSpec,
+    SamplingParams,
     UsageError,
 )
+from draftloom.spec import SAMPLING_KEYS
 
-from .fakes import quick
+from .fakes import plugins, quick
 
 EXAMPLE = """
 target = "Qwen/Qwen3.5-9B"
@@ -54,8 +59,14 @@ rollbacks = component_specs | st.dictionaries(keys, component_specs, min_size=1,
 samplings = st.fixed_dictionaries(
     {},
     optional=dict.fromkeys(("temperature", "top_p", "min_p"), st.floats(0, 1))
-    | dict.fromkeys(("top_k", "seed"), st.integers(0, 2**32)),
-).map(lambda pairs: tuple(sorted(pairs.items())))
+    | dict.fromkeys(("top_k", "seed", "presence_context_size"), st.integers(0, 2**32))
+    | {
+        "logit_bias": st.dictionaries(
+            st.integers(0, 2**20), st.floats(-9, 9) | st.just(-math.inf), max_size=3
+        ),
+        "xtc_special_tokens": st.lists(st.integers(0, 2**20), max_size=3),
+    },
+).map(lambda given: PipelineBuilder(plugins=plugins()).sampling(**given).spec.sampling)
 kv_caches = st.builds(
     KVQuantization,
     st.sampled_from((2, 3, 4, 5, 6, 8)),
@@ -92,6 +103,16 @@ def test_reading_undoes_writing(spec: PipelineSpec) -> None:
 def test_defaults_are_not_written() -> None:
     assert PipelineSpec().to_toml().strip() == ""
     assert PipelineSpec(dtype="float16").to_toml() == 'dtype = "float16"\n'
+
+
+def test_every_sampling_parameter_but_processors_can_be_written() -> None:
+    fields = {field.name for field in attrs.fields(SamplingParams)}
+    assert set(SAMPLING_KEYS) == fields - {"logits_processors"}
+    spec = PipelineBuilder(plugins=plugins()).sampling(logit_bias={7: -1.5, 30: 2}).spec
+    assert spec.to_toml() == "sampling = { logit_bias = { 30 = 2, 7 = -1.5 } }\n"
+    code = PipelineBuilder(plugins=plugins()).sampling(logits_processors=[print]).spec
+    with pytest.raises(UsageError, match="logits_processors cannot be written to TOML"):
+        code.to_toml()
 
 
 def test_what_is_written_is_plain_toml() -> None:
