@@ -8,8 +8,10 @@ lossless policies: chi-square, p above 1e-4 (fixed seeds).
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,6 +38,7 @@ from .test_acceptance_generations import (
 
 END = 6
 RUNS = 600
+DRAWN = ("autoregressive", "dense", "top-k", "dflash2", "dspark-cut")
 FILTERS = {
     "temperature": 1.1,
     "top_p": 0.97,
@@ -90,11 +93,12 @@ def texts_of(
 ) -> tuple[list[tuple[int, ...]], int, int]:
     """Texts cut at three tokens, draft tokens accepted and verified."""
     tokenizer = SimpleNamespace(eos_token_ids={END})
-    builder = with_drafter(drafter, pipelines.builder(new("qwen3", SEED), tokenizer))
-    if width is not None:
-        builder = builder.width(width)
     found, accepted, verified = [], 0, 0
-    with builder.acceptance(policy).build() as pipeline:
+    with tempfile.TemporaryDirectory() as scratch:
+        builder = pipelines.builder(new("qwen3", SEED), tokenizer)
+        builder = with_drafter(drafter, builder, Path(scratch)).acceptance(policy)
+        pipeline = (builder if width is None else builder.width(width)).build()
+    with pipeline:
         for seed in range(runs):
             options = GenerateOptions(
                 max_tokens=TOKENS + 1,
@@ -118,7 +122,7 @@ def texts_of(
     [
         *((drafter, "speculative-sampling") for drafter in (*DRAFTERS, "none")),
         # Of chosen tokens it is the same rule.
-        *((drafter, "block-verification") for drafter in ("autoregressive", "dense", "top-k")),
+        *((drafter, "block-verification") for drafter in DRAWN),
     ],
 )
 def test_generations_follow_the_law_of_the_parameters(drafter: str, policy: str) -> None:
