@@ -10,11 +10,12 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+import attrs
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from draftloom.contracts import Draft, Preserves
+from draftloom.contracts import Draft, DraftLaw, Preserves
 from draftloom.sampling import SamplingParams, SamplingState, law_of
 from draftloom.verifiers.acceptance.block_verification import (
     BlockVerification,
@@ -158,7 +159,9 @@ def test_adversarial_laws(case: str, width: int, mixed: bool) -> None:
 
 
 @pytest.mark.parametrize("filters", FILTERS)
-@pytest.mark.parametrize(("vocab", "width"), [(3, 1), (4, 2), (5, 3)])
+@pytest.mark.parametrize(
+    ("vocab", "width"), [(3, 1), pytest.param(4, 2, marks=pytest.mark.slow), (5, 3)]
+)
 @pytest.mark.parametrize("law", LAWS)
 def test_accept_follows_the_rule(law: str, vocab: int, width: int, filters: dict[str, Any]) -> None:
     filters = fitted(filters, vocab)
@@ -210,6 +213,21 @@ def test_stopping_at_the_first_failure_is_noticed() -> None:
     p = given.p({"temperature": 1.0})
     found = sampled(given, "dense", {"temperature": 1.0}, _StopsAtTheFirst())
     assert chi_square(found, block_law(p, given.q, 2)) < 1e-12
+
+
+def test_tokens_that_the_drafter_does_not_stand_by_are_judged_like_the_others() -> None:
+    rng = np.random.default_rng(8)
+    logits = mx.array(rng.standard_normal((200, 4, 5)).astype(np.float32))
+    q = mx.softmax(mx.array(rng.standard_normal((200, 3, 5)).astype(np.float32)), axis=-1)
+    drawn = mx.random.categorical(mx.log(q), key=mx.random.key(3)).astype(mx.int32)
+    draft = Draft(drawn, DraftLaw.DENSE, q)
+    cut = attrs.evolve(draft, lengths=mx.ones((200,), dtype=mx.int32))
+    found = []
+    for given in (draft, cut):
+        sampling = SamplingState(SamplingParams(temperature=1.0, seed=4))
+        found.append([a.tolist() for a in BlockVerification().accept(given, logits, sampling)])
+    assert found[0] == found[1]
+    assert max(found[0][0]) == 3
 
 
 # --- typical ----------------------------------------------------------------------------------

@@ -26,7 +26,11 @@ __all__ = ["BlockVerification", "keep_chances", "prefix_shares"]
 
 class BlockVerification:
     """Rejection sampling of whole prefixes, for deterministic, dense and top-k drafts. For a draft
-    of chosen tokens it is the same as token by token."""
+    of chosen tokens it is the same as token by token.
+
+    Tokens that a drafter does not stand by (`Draft.lengths`) are judged like the others: they were
+    drawn from their law, and the target has looked at them.
+    """
 
     info = ComponentInfo(
         "block-verification",
