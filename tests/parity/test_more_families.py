@@ -7,6 +7,7 @@ outputs are the hidden states after the residual add.
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import mlx.core as mx
@@ -93,7 +94,7 @@ def test_a_generic_target_gives_what_it_offers(name: str) -> None:
         hidden = mx.zeros((1, 1, models.HIDDEN))
         for ask in (lambda: target.tap((0,)), lambda: target.embed(tokens),
                     lambda: target.head(hidden)):  # fmt: skip
-            with pytest.raises(UsageError, match=r"models cannot be taken: (its|a) "):
+            with pytest.raises(UsageError, match=r"models cannot be taken: [ai]"):
                 ask()
         if name == "gpt2":
             assert "embeddings depend on more than the token" in target.info.why_no_taps
@@ -147,7 +148,9 @@ def _path(parts: Any) -> str:
 # --- what is refused --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model_type", REFUSED)
+@pytest.mark.parametrize(
+    "model_type", [name for name in REFUSED if importlib.util.find_spec(f"mlx_lm.models.{name}")]
+)
 def test_a_model_that_cannot_be_served_is_refused_in_one_line(model_type: str) -> None:
     info = ModelInfo("some/model", None, {"model_type": model_type})
     factory = pipelines.plugins().adapter_for(info).load()
