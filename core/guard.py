@@ -21,6 +21,8 @@ __all__ = ["Costs", "MemoryGuard", "check_weights"]
 
 SMALLEST_STEP = 16
 """Prompt tokens below which a chunk is not cut."""
+SMALL = 10**6
+"""Bytes that are not worth a word."""
 HINT = (
     "raise --memory-limit, or need less: a shorter prompt or --max-tokens, --kv-bits 8, a smaller "
     "or more quantized target"
@@ -67,10 +69,11 @@ def check_weights(weights: int, drafter: int, caches: int, limit: int) -> bool:
     held = mx.get_active_memory()
     needed = held + weights + caches
     if needed > limit:
-        rest = f" and {size_text(held)} in use already" if held else ""
+        also = f" and {size_text(caches)} of caches" if caches else ""
+        used = f", {size_text(held)} are in use" if held > SMALL else ""
         raise MemoryLimitError(
-            f"the target needs {size_text(weights)} of weights and {size_text(caches)} of caches"
-            f"{rest}, the limit is {size_text(limit)}",
+            f"the target needs {size_text(weights)} of weights{also}{used}, the limit is "
+            f"{size_text(limit)}",
             "raise --memory-limit, or need less: a shorter --context-length, --kv-bits 8, a "
             "smaller or more quantized target",
         )
