@@ -116,7 +116,7 @@ def other_rows() -> Iterator[str]:
         rollbacks = dict.fromkeys(
             str(pipelines.plugins().rollback_for(kind, info)) for kind in kinds
         )
-        ran = "served" if outcome.name not in NOT_RUN else "described; not run at this size"
+        ran = "served" if outcome.name not in NOT_RUN else "described, its text not compared"
         cells = (
             f"`{outcome.name}`", ran, "yes" if info.can_tap else "no", ", ".join(kinds),
             ", ".join(rollbacks),
