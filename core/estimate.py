@@ -106,7 +106,10 @@ def costs_of(plan: Blueprint, target: TargetAdapter) -> Costs | None:
     """What a generation of a loaded pipeline needs, by length; None where that is not known."""
     if not isinstance(target.model, nn.Module):
         return None
-    caches, itemsize = cache_costs(target.forward, target.make_cache(), plan.spec.kv_cache)
+    try:
+        caches, itemsize = cache_costs(target.forward, target.make_cache(), plan.spec.kv_cache)
+    except Exception:  # noqa: BLE001 a target that cannot run: the generation says why
+        return None
     drafter = plan.drafter
     context = drafter.context_bytes if isinstance(drafter, KeepsContext) else lambda tokens: 0
     return Costs(caches, _work(plan, itemsize), context)
