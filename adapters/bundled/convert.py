@@ -1,4 +1,4 @@
-"""Make a bundled pair from a trained one: 8-bit MLX weights, tokenizer, configs.
+"""Make a bundled pair from a trained one: MLX weights in 8 bits, tokenizer, configs.
 
 Run once per pair, from the repository root::
 
@@ -6,7 +6,8 @@ Run once per pair, from the repository root::
         --description "what the pair is, in one line"
 
 SOURCE holds `target/` (mlx-lm format) and `draft/` (z-lab DFlash format). Only
-matrices are quantized; everything else keeps its dtype. Both results carry the
+matrices are quantized; everything else keeps its dtype. A part that is quantized already (a
+target trained with rounded weights) is copied as it is. Both results carry the
 `quantization` key in their `config.json`, so that `mlx_lm.load(target)` works as is.
 """
 
@@ -113,22 +114,23 @@ def convert_part(source: Path, destination: Path, spec: QuantSpec) -> PartReport
         spec: Bits and group size.
 
     Raises:
-        ModelError: `config.json` or the weights are missing, the source is quantized
-            already, or a tensor is not finite.
+        ModelError: `config.json` or the weights are missing, or a tensor is not finite.
     """
     if not (source / "config.json").is_file():
         raise ModelError(f"no config.json in {source}")
     config = json.loads((source / "config.json").read_text("utf-8"))
-    if "quantization" in config or "quantization_config" in config:
-        raise ModelError(f"{source} is quantized already", "convert the original")
     tensors = _read_weights(source)
+    packed = config.get("quantization")
     stored: dict[str, mx.array] = {}
     quantized = 0
     for name, value in sorted(tensors.items()):
         floating = mx.issubdtype(value.dtype, mx.floating)
         if floating and not mx.isfinite(value).all().item():
             raise ModelError(f"{source}: {name} holds values that are not finite")
-        if floating and _is_matrix(name, value, spec):
+        if packed:
+            stored[name] = value
+            quantized += name.endswith(".scales")
+        elif floating and _is_matrix(name, value, spec):
             base = name.removesuffix(".weight")
             parts = quantize_matrix(value, spec)
             stored |= zip((name, f"{base}.scales", f"{base}.biases"), parts, strict=True)
@@ -137,16 +139,16 @@ def convert_part(source: Path, destination: Path, spec: QuantSpec) -> PartReport
             stored[name] = value
     destination.mkdir(parents=True, exist_ok=True)
     mx.save_safetensors(str(destination / WEIGHTS), stored, metadata={"format": "mlx"})
-    config["quantization"] = spec.config()
+    config["quantization"] = packed or spec.config()
     (destination / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     for file in TOKENIZER_FILES:
         if (source / file).is_file():
             shutil.copyfile(source / file, destination / file)
     return PartReport(
         path=destination,
-        parameters=sum(value.size for value in tensors.values()),
+        parameters=_count(tensors, packed),
         quantized=quantized,
-        kept=len(tensors) - quantized,
+        kept=len(tensors) - (3 * quantized if packed else quantized),
         num_bytes=sum(f.stat().st_size for f in destination.iterdir() if f.is_file()),
     )
 
@@ -176,6 +178,17 @@ def convert_pair(
     line = f"description = {json.dumps(description, ensure_ascii=False)}\n"
     (destination / "pair.toml").write_text(line, "utf-8")
     return reports
+
+
+def _count(tensors: Mapping[str, mx.array], packed: Mapping[str, Any] | None) -> int:
+    """Weights of the model, packed ones counted singly, scales and biases not at all."""
+    if not packed:
+        return sum(value.size for value in tensors.values())
+    return sum(
+        value.size * (32 // packed["bits"] if value.dtype == mx.uint32 else 1)
+        for name, value in tensors.items()
+        if not name.endswith((".scales", ".biases"))
+    )
 
 
 def _read_weights(source: Path) -> Mapping[str, mx.array]:

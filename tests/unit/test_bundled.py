@@ -33,12 +33,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text("utf-8"))
 
 
+def text_config(folder: Path) -> dict[str, Any]:
+    config = read_config(folder)
+    return config.get("text_config", config)
+
+
 def read_public_pairs() -> list[dict[str, Any]]:
     return tomllib.loads(PAIRS_TOML.read_text("utf-8"))["pair"]
 
 
 def test_default_pair_is_bundled() -> None:
-    assert default_pair() == bundled_pairs()["python-17m"]
+    assert default_pair() == bundled_pairs()["python-24m"]
 
 
 def test_size_of_everything_bundled() -> None:
@@ -96,7 +101,7 @@ def test_target_loads_offline_in_mlx_lm(pair: BundledPair, monkeypatch: pytest.M
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     logits = model(mx.array([ids]))
-    assert logits.shape == (1, len(ids), read_config(pair.target)["text_config"]["vocab_size"])
+    assert logits.shape == (1, len(ids), text_config(pair.target)["vocab_size"])
     assert mx.isfinite(logits).all().item()
     losses = mx.logsumexp(logits[:, :-1], axis=-1) - mx.take_along_axis(
         logits[:, :-1], mx.array([ids[1:]])[..., None], axis=-1
@@ -105,7 +110,7 @@ def test_target_loads_offline_in_mlx_lm(pair: BundledPair, monkeypatch: pytest.M
 
 
 def test_draft_fits_target(pair: BundledPair) -> None:
-    target, draft = read_config(pair.target)["text_config"], read_config(pair.draft)
+    target, draft = text_config(pair.target), read_config(pair.draft)
     taps = draft["dflash_config"]["target_layer_ids"]
     assert draft["vocab_size"] == target["vocab_size"]
     assert draft["hidden_size"] == target["hidden_size"]
@@ -124,12 +129,12 @@ def test_draft_fits_target(pair: BundledPair) -> None:
 def test_tokenizer_fits_vocabulary(pair: BundledPair) -> None:
     tokenizer = json.loads((pair.target / "tokenizer.json").read_text("utf-8"))
     ids = set(tokenizer["model"]["vocab"].values()) | {t["id"] for t in tokenizer["added_tokens"]}
-    assert ids == set(range(read_config(pair.target)["text_config"]["vocab_size"]))
+    assert ids == set(range(text_config(pair.target)["vocab_size"]))
 
 
 def test_pair_with_missing_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bundled, "__file__", str(tmp_path / "__init__.py"))
-    with pytest.raises(ModelError, match="python-17m"):
+    with pytest.raises(ModelError, match="python-24m"):
         default_pair()
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "pair.toml").write_text('description = "half a pair"\n')
@@ -196,14 +201,26 @@ def test_converter_quantizes_matrices_only(
     assert (to / "target" / "tokenizer.json").is_file()
 
 
+def test_converter_copies_what_is_quantized_already(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tiny_source(tmp_path / "from")
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    assert convert.main([str(tmp_path / "from"), str(once), "--description", "x"]) == 0
+    said = capsys.readouterr().out
+    assert convert.main([str(once), str(twice), "--description", "x"]) == 0
+    assert capsys.readouterr().out == said
+    first, second = (mx.load(str(f / "target" / "model.safetensors")) for f in (once, twice))
+    assert first.keys() == second.keys()
+    assert all(mx.array_equal(first[name], second[name]).item() for name in first)
+    assert read_config(once / "target") == read_config(twice / "target")
+
+
 def test_converter_refuses_a_bad_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [str(tmp_path / "from"), str(tmp_path / "to"), "--description", "x"]
     assert convert.main(arguments) == 2
     assert "no config.json" in capsys.readouterr().err
     write_tiny_source(tmp_path / "from")
-    assert convert.main([str(tmp_path / "from"), str(tmp_path / "once"), "--description", "x"]) == 0
-    assert convert.main([str(tmp_path / "once"), str(tmp_path / "to"), "--description", "x"]) == 2
-    assert "quantized already" in capsys.readouterr().err
     bad = {"fc.weight": mx.full((64, 128), float("nan"))}
     mx.save_safetensors(str(tmp_path / "from" / "target" / "model.safetensors"), bad)
     assert convert.main(arguments) == 2
