@@ -18,12 +18,13 @@ import draftloom
 from draftloom.plugins import PluginManager
 
 FIELDS = {
+    "memory",
     "text", "token_ids", "prompt_tokens", "generated_tokens", "finish_reason", "cycles",
     "acceptance_length", "acceptance_rate", "accepted_by_position", "prefill_seconds",
     "decode_seconds", "decode_tokens_per_second", "fell_back", "mismatch", "lossless", "pipeline",
 }  # fmt: skip
 PARTS = {"target", "adapter", "drafter", "verifier", "acceptance", "rollback", "width"}
-PROMPT = "class Stack:\n    def push(self, item):\n"
+PROMPT = "class Stack:\n    def push(self, item):"
 LOOKUP = ("--drafter", "prompt-lookup", "--block-size", 4)
 
 
