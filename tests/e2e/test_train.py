@@ -144,7 +144,7 @@ def test_ctrl_c_while_the_target_writes_keeps_whole_shards(
     program: str, toy: Path, tmp_path: Path
 ) -> None:
     out, kept = tmp_path / "drafter", tmp_path / "responses"
-    given = ["--regenerate", "--responses", kept, "--response-tokens", 400, "--prompt-tokens", 4,
+    given = ["--regenerate", "--responses", kept, "--response-tokens", 40, "--prompt-tokens", 4,
              "--response-batch", 1]  # fmt: skip
     command = [program, *map(str, [*options(toy, out), *given])]
     running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
