@@ -147,7 +147,14 @@ def test_ctrl_c_while_the_target_writes_keeps_whole_shards(
     given = ["--regenerate", "--responses", kept, "--response-tokens", 40, "--prompt-tokens", 4,
              "--response-batch", 1]  # fmt: skip
     command = [program, *map(str, [*options(toy, out), *given])]
-    running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    running = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        # A shell's background job has Ctrl-C ignored, and hands that on. No threads here yet.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
+    )
     try:
         begin = time.monotonic()
         while not list(kept.glob("*.jsonl")):

@@ -320,5 +320,5 @@ def test_a_stated_length_that_is_none(value: Any) -> None:
 
 def test_the_bundled_drafter_states_its_length() -> None:
     plan = draftloom.PipelineBuilder().check()
-    assert plan.drafter.info.stated_length == 1.73
+    assert plan.drafter.info.stated_length == 3.1
     assert dict(plan.spec.width.options) == {"tokens": 15, "park": True}
