@@ -95,7 +95,7 @@ def test_tokens_and_caches_are_those_of_mlx_lm(case: Case) -> None:
 
 @pytest.mark.slow
 @given(case=drawn())
-@examples(250, "kv", "more")
+@examples(100, "kv", "more")
 def test_tokens_and_caches_are_those_of_mlx_lm_for_more_draws(case: Case) -> None:
     run(case)
 
