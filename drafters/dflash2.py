@@ -11,34 +11,17 @@ Source: config.json and tensors of public DFlash 2 checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from draftloom.checkpoint import CandidateSelector, DrafterDescription, DynamicConvolution
-from draftloom.contracts import (
-    BindContext,
-    ComponentInfo,
-    Draft,
-    DraftLaw,
-    DraftRequest,
-    Need,
-    TargetInfo,
-)
-from draftloom.errors import ModelError, Problem
+from draftloom.contracts import ComponentInfo, Draft, DraftLaw, DraftRequest, Need
+from draftloom.errors import ModelError
 from draftloom.sampling import SamplingState
 
-from .dflash.block import (
-    BlockContext,
-    BlockOptions,
-    LoadedDrafter,
-    context_bytes,
-    described,
-    load_drafter,
-    with_taps,
-)
+from .dflash.base import BlockDrafter, BlockSession
 from .dflash.context import ContextCache
 from .dflash.model import DFlashLayer, DFlashModel, Masks
 
@@ -53,6 +36,12 @@ class _Convolution(nn.Module):
 
     def __init__(self, config: DrafterDescription, kernel: DynamicConvolution) -> None:
         super().__init__()
+        if config.hidden_size % kernel.group_size:
+            raise ModelError(
+                f"{config.label}: conv_group_size {kernel.group_size} does not divide hidden_size "
+                f"{config.hidden_size}",
+                "is config.json complete?",
+            )
         self.taps, self.group = kernel.kernel_size, kernel.group_size
         groups = config.hidden_size // kernel.group_size
         self.base_kernel = mx.zeros((2, kernel.kernel_size, config.hidden_size))
@@ -106,6 +95,13 @@ class _Selector(nn.Module):
 
     def __init__(self, config: DrafterDescription, selector: CandidateSelector) -> None:
         super().__init__()
+        words = config.draft_vocab_size or config.vocab_size
+        if selector.top_k > words:
+            raise ModelError(
+                f"{config.label}: selector_top_k {selector.top_k} is above the {words} tokens that "
+                "can be proposed",
+                "is config.json complete?",
+            )
         rank = selector.rank
         self.hidden_projection = nn.Linear(config.hidden_size, rank, bias=False)
         self.predecessor_codebook = mx.zeros((config.vocab_size, rank))
@@ -151,7 +147,7 @@ class DFlash2Model(DFlashModel):
         return _Layer(config, kind, config.convolution)
 
 
-class DFlash2Drafter:
+class DFlash2Drafter(BlockDrafter):
     """Drafting with a DFlash 2 checkpoint of any format.
 
     Args:
@@ -176,43 +172,7 @@ class DFlash2Drafter:
         checkpoint_options=("checkpoint",),
         paired=("dflash2",),
     )
-
-    def __init__(
-        self,
-        checkpoint: Path | DrafterDescription,
-        bits: int | None = None,
-        group_size: int | None = None,
-        window: int | None = None,
-        sinks: int | None = None,
-    ) -> None:
-        self.description = described(checkpoint, "dflash2")
-        trained = self.description.trained_context
-        self._options = BlockOptions.of(bits, group_size, window, sinks, trained)
-        _check_sizes(self.description)
-        details = self._options.describe(DFlash2Model(self.description))
-        self.info = with_taps(type(self).info, self.description, details)
-        self._loaded: LoadedDrafter | None = None
-
-    def check(self, target: TargetInfo) -> Iterable[Problem]:
-        """What of the checkpoint does not fit the target, or the options."""
-        yield from self.description.problems(target)
-        yield from self._options.problems(DFlash2Model(self.description), self.info.name)
-
-    def bind(self, context: BindContext) -> None:
-        """Load the weights, in the type that the target computes in, and pack them if asked to.
-
-        Raises:
-            ModelError: weights missing, corrupt, or not fitting the config; names the tensor.
-        """
-        self._loaded = load_drafter(self.description, context, DFlash2Model, self._options)
-
-    def memory(self) -> dict[str, int]:
-        """Bytes of the weights; nothing before they are loaded."""
-        return {} if self._loaded is None else self._loaded.memory()
-
-    def context_bytes(self, tokens: int) -> int:
-        """Bytes that a session holds for so many tokens."""
-        return context_bytes(self.description, self._options, self._loaded, tokens)
+    network = DFlash2Model
 
     def open(self, request: DraftRequest) -> DFlash2Session:
         """Begin a generation.
@@ -220,46 +180,11 @@ class DFlash2Drafter:
         Raises:
             ModelError: the drafter was not bound.
         """
-        if self._loaded is None:
-            raise ModelError("the dflash2 drafter has no weights", "build the pipeline first")
-        return DFlash2Session(self._loaded)
+        return DFlash2Session(self._weights())
 
 
-def _check_sizes(config: DrafterDescription) -> None:
-    kernel, selector = config.convolution, config.selector
-    if kernel is not None and config.hidden_size % kernel.group_size:
-        raise ModelError(
-            f"{config.label}: conv_group_size {kernel.group_size} does not divide hidden_size "
-            f"{config.hidden_size}",
-            "is config.json complete?",
-        )
-    words = config.draft_vocab_size or config.vocab_size
-    if selector is not None and selector.top_k > words:
-        raise ModelError(
-            f"{config.label}: selector_top_k {selector.top_k} is above the {words} tokens that can "
-            "be proposed",
-            "is config.json complete?",
-        )
-
-
-class DFlash2Session:
+class DFlash2Session(BlockSession):
     """One generation: a context, and the walk over the candidates."""
-
-    def __init__(self, loaded: LoadedDrafter) -> None:
-        self._loaded = loaded
-        self._context = BlockContext(loaded)
-
-    def observe(self, committed: Sequence[Sequence[int]], features: mx.array | None) -> None:
-        """Take in the features [B, T, F] of committed tokens.
-
-        Raises:
-            ValueError: no features, or rows of different lengths.
-        """
-        self._context.observe(committed, features)
-
-    def memory(self) -> dict[str, int]:
-        """Bytes of the context."""
-        return self._context.memory()
 
     def propose(self, anchor: mx.array, width: int, sampling: SamplingState) -> Draft:
         """`width` tokens [B, width] after the anchor [B]; above temperature 0 with the law of each

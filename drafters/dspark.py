@@ -10,34 +10,18 @@ Source: config.json and tensors of public DSpark checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from draftloom.checkpoint import DrafterDescription, MarkovHead
-from draftloom.contracts import (
-    BindContext,
-    ComponentInfo,
-    Draft,
-    DraftLaw,
-    DraftRequest,
-    Need,
-    TargetInfo,
-)
-from draftloom.errors import ModelError, Problem, UsageError
+from draftloom.contracts import ComponentInfo, Draft, DraftLaw, DraftRequest, Need
+from draftloom.errors import UsageError
 from draftloom.sampling import SamplingState, target_law
 
-from .dflash.block import (
-    BlockContext,
-    BlockOptions,
-    LoadedDrafter,
-    context_bytes,
-    described,
-    load_drafter,
-    with_taps,
-)
+from .dflash.base import BlockDrafter, BlockSession
+from .dflash.block import LoadedDrafter
 from .dflash.model import DFlashModel
 
 __all__ = ["DSparkDrafter"]
@@ -103,7 +87,7 @@ class DSparkModel(DFlashModel):
             self.confidence_head = _Confidence(config.hidden_size + with_markov)
 
 
-class DSparkDrafter:
+class DSparkDrafter(BlockDrafter):
     """Drafting with a DSpark checkpoint of any format.
 
     Args:
@@ -130,6 +114,7 @@ class DSparkDrafter:
         checkpoint_options=("checkpoint",),
         paired=("dspark",),
     )
+    network = DSparkModel
 
     def __init__(
         self,
@@ -140,9 +125,7 @@ class DSparkDrafter:
         window: int | None = None,
         sinks: int | None = None,
     ) -> None:
-        self.description = described(checkpoint, "dspark")
-        trained = self.description.trained_context
-        self._options = BlockOptions.of(bits, group_size, window, sinks, trained)
+        super().__init__(checkpoint, bits, group_size, window, sinks)
         number = isinstance(confidence_threshold, int | float)
         if not number or not 0 <= confidence_threshold < 1:
             raise UsageError(
@@ -155,35 +138,10 @@ class DSparkDrafter:
                 "leave confidence_threshold out",
             )
         self._threshold = float(confidence_threshold)
-        self.info = with_taps(type(self).info, self.description, self._details())
-        self._loaded: LoadedDrafter | None = None
-
-    def _details(self) -> str:
-        parts = [self._options.describe(DSparkModel(self.description))]
         if self._threshold:
-            parts.append(f"drafts end where confidence falls below {self._threshold:g}")
-        return "; ".join(part for part in parts if part)
-
-    def check(self, target: TargetInfo) -> Iterable[Problem]:
-        """What of the checkpoint does not fit the target, or the options."""
-        yield from self.description.problems(target)
-        yield from self._options.problems(DSparkModel(self.description), self.info.name)
-
-    def bind(self, context: BindContext) -> None:
-        """Load the weights, in the type that the target computes in, and pack them if asked to.
-
-        Raises:
-            ModelError: weights missing, corrupt, or not fitting the config; names the tensor.
-        """
-        self._loaded = load_drafter(self.description, context, DSparkModel, self._options)
-
-    def memory(self) -> dict[str, int]:
-        """Bytes of the weights; nothing before they are loaded."""
-        return {} if self._loaded is None else self._loaded.memory()
-
-    def context_bytes(self, tokens: int) -> int:
-        """Bytes that a session holds for so many tokens."""
-        return context_bytes(self.description, self._options, self._loaded, tokens)
+            packed = self.info.details
+            cut = f"drafts end where confidence falls below {self._threshold:g}"
+            self._tell("; ".join(filter(None, [packed, cut])))
 
     def open(self, request: DraftRequest) -> DSparkSession:
         """Begin a generation.
@@ -191,31 +149,16 @@ class DSparkDrafter:
         Raises:
             ModelError: the drafter was not bound.
         """
-        if self._loaded is None:
-            raise ModelError("the dspark drafter has no weights", "build the pipeline first")
-        return DSparkSession(self._loaded, request.vocab_size, self._threshold)
+        return DSparkSession(self._weights(), request.vocab_size, self._threshold)
 
 
-class DSparkSession:
+class DSparkSession(BlockSession):
     """One generation: a context, and the walk over the slots."""
 
     def __init__(self, loaded: LoadedDrafter, vocab_size: int, threshold: float) -> None:
-        self._loaded = loaded
+        super().__init__(loaded)
         self._vocab_size = vocab_size
         self._threshold = threshold
-        self._context = BlockContext(loaded)
-
-    def observe(self, committed: Sequence[Sequence[int]], features: mx.array | None) -> None:
-        """Take in the features [B, T, F] of committed tokens.
-
-        Raises:
-            ValueError: no features, or rows of different lengths.
-        """
-        self._context.observe(committed, features)
-
-    def memory(self) -> dict[str, int]:
-        """Bytes of the context."""
-        return self._context.memory()
 
     def propose(self, anchor: mx.array, width: int, sampling: SamplingState) -> Draft:
         """`width` tokens [B, width] after the anchor [B]; above temperature 0 with their q rows."""
