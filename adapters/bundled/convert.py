@@ -114,13 +114,16 @@ def convert_part(source: Path, destination: Path, spec: QuantSpec) -> PartReport
         spec: Bits and group size.
 
     Raises:
-        ModelError: `config.json` or the weights are missing, or a tensor is not finite.
+        ModelError: `config.json` or the weights are missing, the source is quantized in another
+            way than MLX's, or a tensor is not finite.
     """
     if not (source / "config.json").is_file():
         raise ModelError(f"no config.json in {source}")
     config = json.loads((source / "config.json").read_text("utf-8"))
-    tensors = _read_weights(source)
     packed = config.get("quantization")
+    if not packed and "quantization_config" in config:
+        raise ModelError(f"{source} is quantized already, and not by MLX", "convert the original")
+    tensors = _read_weights(source)
     stored: dict[str, mx.array] = {}
     quantized = 0
     for name, value in sorted(tensors.items()):

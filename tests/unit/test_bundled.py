@@ -221,6 +221,11 @@ def test_converter_refuses_a_bad_source(tmp_path: Path, capsys: pytest.CaptureFi
     assert convert.main(arguments) == 2
     assert "no config.json" in capsys.readouterr().err
     write_tiny_source(tmp_path / "from")
+    config = tmp_path / "from" / "target" / "config.json"
+    config.write_text('{"quantization_config": {"quant_method": "other"}}')
+    assert convert.main(arguments) == 2
+    assert "quantized already" in capsys.readouterr().err
+    config.write_text("{}")
     bad = {"fc.weight": mx.full((64, 128), float("nan"))}
     mx.save_safetensors(str(tmp_path / "from" / "target" / "model.safetensors"), bad)
     assert convert.main(arguments) == 2
