@@ -172,6 +172,7 @@ class DFlash2Drafter(BlockDrafter):
         checkpoint_options=("checkpoint",),
         paired=("dflash2",),
     )
+    serves = "dflash2"
     network = DFlash2Model
 
     def open(self, request: DraftRequest) -> DFlash2Session:

@@ -114,6 +114,7 @@ class DSparkDrafter(BlockDrafter):
         checkpoint_options=("checkpoint",),
         paired=("dspark",),
     )
+    serves = "dspark"
     network = DSparkModel
 
     def __init__(

@@ -38,7 +38,9 @@ class BlockDrafter:
 
     Attributes:
         description: of the checkpoint.
-        network: what its weights belong to.
+        serves: the name that formats give checkpoints of this kind; a subclass keeps it under
+            another name of its own.
+        network: what the weights belong to.
 
     Raises:
         ModelError: the folder is not a checkpoint for this drafter, or its config is incomplete or
@@ -47,6 +49,7 @@ class BlockDrafter:
     """
 
     info: ComponentInfo
+    serves: ClassVar[str]
     network: ClassVar[type[DFlashModel]] = DFlashModel
 
     def __init__(
@@ -57,7 +60,7 @@ class BlockDrafter:
         window: int | None = None,
         sinks: int | None = None,
     ) -> None:
-        self.description = described(checkpoint, self.info.name)
+        self.description = described(checkpoint, self.serves)
         trained = self.description.trained_context
         self._options = BlockOptions.of(bits, group_size, window, sinks, trained)
         self._tell(self._options.describe(self.network(self.description)))
@@ -91,7 +94,7 @@ class BlockDrafter:
     def _weights(self) -> LoadedDrafter:
         if self._loaded is None:
             raise ModelError(
-                f"the {self.info.name} drafter has no weights", "build the pipeline first"
+                f"the {self.serves} drafter has no weights", "build the pipeline first"
             )
         return self._loaded
 

@@ -40,6 +40,7 @@ class DFlashDrafter(BlockDrafter):
         checkpoint_options=("checkpoint",),
         paired=("dflash",),
     )
+    serves = "dflash"
 
     def open(self, request: DraftRequest) -> DFlashSession:
         """Begin a generation.
