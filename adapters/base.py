@@ -22,6 +22,7 @@ from draftloom.contracts import CacheKind, TargetInfo, TargetOutput
 from draftloom.errors import ModelError, UnsupportedModelError, UsageError
 from draftloom.model_info import ModelInfo
 
+from .attention_module import AttentionLayers
 from .taps import LayerTaps
 
 __all__ = [
@@ -144,6 +145,9 @@ class MlxLmAdapter:
     Args:
         model: as mlx-lm loaded it.
         info: from the adapter's `describe`.
+
+    Attributes:
+        attention: the attention modules that can be stood in for; mlx-lm's own run until some are.
     """
 
     def __init__(self, model: nn.Module, info: TargetInfo) -> None:
@@ -151,6 +155,7 @@ class MlxLmAdapter:
         self.info = info
         self._text = language_model(model)
         self._taps = LayerTaps(self._text.model.layers)
+        self.attention = AttentionLayers(self._text.model.layers, info.name)
 
     def tap(self, layers: Sequence[int]) -> None:
         """Choose the layers whose outputs are returned as features.
@@ -183,5 +188,6 @@ class MlxLmAdapter:
         return make_prompt_cache(self.model)
 
     def close(self) -> None:
-        """Put every replaced layer back."""
+        """Put every replaced layer and attention module back."""
         self._taps.clear()
+        self.attention.restore()

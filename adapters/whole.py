@@ -14,6 +14,7 @@ from draftloom.errors import UnsupportedModelError, UsageError
 from draftloom.kv_cache import KVQuantization
 from draftloom.model_info import ModelInfo
 
+from .attention_module import AttentionLayers
 from .base import cache_kind, make_skeleton, sketch
 from .parts import Parts
 from .quantized_kv import why_not_quantized_kv
@@ -104,6 +105,9 @@ class WholeModelAdapter:
     Args:
         model: as mlx-lm loaded it.
         info: from the adapter's `describe`.
+
+    Attributes:
+        attention: the attention modules that can be stood in for; mlx-lm's own run until some are.
     """
 
     def __init__(self, model: nn.Module, info: TargetInfo) -> None:
@@ -117,6 +121,7 @@ class WholeModelAdapter:
             )
         self._parts = Parts.of(model) if info.can_tap else None
         self._taps = None if self._parts is None else _Taps(self._parts.layers)
+        self.attention = AttentionLayers(getattr(model, "layers", ()), info.name)
 
     @classmethod
     def sketch(cls, model: ModelInfo, dtype: mx.Dtype) -> tuple[Callable[..., Any], list[Any]]:
@@ -164,9 +169,10 @@ class WholeModelAdapter:
         return make_prompt_cache(self.model)
 
     def close(self) -> None:
-        """Put every replaced layer back."""
+        """Put every replaced layer and attention module back."""
         if self._taps is not None:
             self._taps.clear()
+        self.attention.restore()
 
     def _refuse(self) -> UsageError:
         reason = self.info.why_no_taps

@@ -62,7 +62,13 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("core", "adapters", "apps", "caches", "drafters", "kernels", "verifiers")
 COVERED = {
     "mlx_lm",
+    # Attention modules that stand-ins are written after: tests/parity/test_attention_module.py
+    "mlx_lm.models.base.scaled_dot_product_attention",
+    "mlx_lm.models.llama",
+    "mlx_lm.models.qwen2",
     "mlx_lm.models.qwen3",
+    "mlx_lm.models.qwen3_moe",
+    "mlx_lm.models.qwen3_next.Qwen3NextAttention",
     "mlx_lm.utils.MODEL_REMAPPING",
     "mlx_lm.tokenizer_utils",
     "mlx_lm.generate.GenerationResponse",
