@@ -15,7 +15,8 @@ import mlx.nn as nn
 from mlx_lm.models.gated_delta import compute_g, normalize_qk
 
 from draftloom.device import on_cuda
-from draftloom.kernels.gated_delta import prefill, verify
+from draftloom.kernel_settings import AUTO, OFF, KernelSettings
+from draftloom.kernels.gated_delta import prefer, prefill, verify
 from draftloom.recording import RecordingEntry
 
 __all__ = ["Projections", "RecordingMixer", "project_qwen3_5", "project_qwen3_next"]
@@ -55,13 +56,20 @@ class RecordingMixer(nn.Module):
         super().__init__()
         self.mixer = mixer
         object.__setattr__(self, "_project", project)
+        self.tune(KernelSettings())
+
+    def tune(self, settings: KernelSettings) -> None:
+        """Choose the kernels: ``gated-delta`` by name also serves the prompt; ``off`` leaves the
+        prompt to the mixer itself, and verify to the array path."""
+        object.__setattr__(self, "_use", prefer(settings.use("gated-delta")))
+        object.__setattr__(self, "_prompt", _prompts_served(settings.choice("gated-delta")))
 
     def __call__(
         self, inputs: mx.array, mask: mx.array | None = None, cache: Any | None = None
     ) -> mx.array:
         """Output [B, T, D] of inputs [B, T, D]."""
         recording = isinstance(cache, RecordingEntry)
-        if cache is None or not (recording or _has_faster_prefill(cache)):
+        if cache is None or not (recording or (self._prompt and cache.lengths is None)):
             return self.mixer(inputs, mask, cache)
         qkv, z, b, a = self._project(self.mixer, inputs)
         window, (q, k, v) = _convolve(self.mixer, qkv, mask, cache)
@@ -70,22 +78,22 @@ class RecordingMixer(nn.Module):
             state = mx.zeros((*v.shape[:1], *v.shape[2:], k.shape[-1]), dtype=mx.float32)
         g = compute_g(self.mixer.A_log, a, self.mixer.dt_bias)
         if isinstance(cache, RecordingEntry):
-            output, tape, cache[1] = verify(q, k, v, g, mx.sigmoid(b), state, mask)
+            output, tape, cache[1] = verify(q, k, v, g, mx.sigmoid(b), state, mask, use=self._use)
             cache.record(tape, window)
         else:
-            output, cache[1] = prefill(q, k, v, g, mx.sigmoid(b), state, mask)
+            output, cache[1] = prefill(q, k, v, g, mx.sigmoid(b), state, mask, use=self._use)
         cache.advance(inputs.shape[1])
         output = self.mixer.norm(output, z)
         return self.mixer.out_proj(output.reshape(*inputs.shape[:2], -1))
 
 
-def _has_faster_prefill(cache: Any) -> bool:
+def _prompts_served(choice: str) -> bool:
     """Whether our prefill is to be taken instead of mlx-lm's.
 
     Off Metal mlx-lm runs the recurrence token by token. On the CPU that is the order of operations
-    to keep; on CUDA the kernel of the same rule takes its place.
+    to keep; on CUDA the kernel of the same rule takes its place. A kernel that was named runs.
     """
-    return on_cuda() and cache.lengths is None
+    return on_cuda() if choice == AUTO else choice != OFF
 
 
 def _convolve(

@@ -9,6 +9,7 @@ import mlx.nn as nn
 
 from draftloom.contracts import CacheKind, TargetInfo
 from draftloom.errors import UsageError
+from draftloom.kernel_settings import KernelSettings
 from draftloom.model_info import ModelInfo
 
 from .generic import why_no_generic_taps
@@ -44,6 +45,11 @@ class RecurrentAdapter(WholeModelAdapter):
         for layer in recurrent:
             self._mixers.append((layer, layer[name]))
             layer[name] = stand(layer[name])
+
+    def tune(self, settings: KernelSettings) -> None:
+        """Choose the kernels of the recurrent layers."""
+        for layer, _ in self._mixers:
+            layer[self._name].tune(settings)
 
     @classmethod
     def claims(cls, model: ModelInfo) -> bool:

@@ -13,6 +13,7 @@ from mlx_lm.models.qwen3_next import Qwen3NextGatedDeltaNet
 
 from draftloom.contracts import CacheKind, TargetInfo
 from draftloom.errors import UnsupportedModelError, UsageError
+from draftloom.kernel_settings import KernelSettings
 from draftloom.kv_cache import KVQuantization
 from draftloom.model_info import ModelInfo
 
@@ -44,6 +45,11 @@ class HybridAdapter(MlxLmAdapter):
             mixer = layer.linear_attn
             self._mixers.append((layer, mixer))
             layer.linear_attn = RecordingMixer(mixer, _PROJECTIONS[type(mixer)])
+
+    def tune(self, settings: KernelSettings) -> None:
+        """Choose the kernels of the gated-delta layers."""
+        for layer, _ in self._mixers:
+            layer.linear_attn.tune(settings)
 
     @classmethod
     def claims(cls, model: ModelInfo) -> bool:

@@ -15,8 +15,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.gated_delta import compute_g, normalize_qk
 
-from draftloom.kernels.gated_delta import verify
-from draftloom.kernels.ssm import tape_of
+from draftloom.kernel_settings import KernelSettings
+from draftloom.kernels import ssm
+from draftloom.kernels.gated_delta import prefer, verify
 from draftloom.recording import RecordingEntry
 
 __all__ = ["RecordingConvolution", "RecordingKimi", "RecordingMamba"]
@@ -36,6 +37,10 @@ class _Watched(nn.Module):
         return output
 
 
+def _default_order() -> str:
+    return "stepwise" if mx.default_device() == mx.Device(mx.cpu) else "block"
+
+
 def _recording(args: tuple[Any, ...], kwargs: dict[str, Any]) -> RecordingEntry | None:
     """The recording cache among a mixer's arguments."""
     given = (*args, *kwargs.values())
@@ -52,6 +57,13 @@ class _Stand(nn.Module):
     def __init__(self, mixer: nn.Module) -> None:
         super().__init__()
         self.mixer = mixer
+        self.tune(KernelSettings())
+
+    def tune(self, settings: KernelSettings) -> None:
+        """Choose the kernels: ``ssm`` for Mamba-2, ``gated-delta`` for Kimi."""
+        object.__setattr__(self, "_use", prefer(settings.use("gated-delta")))
+        order = settings.use("ssm", off="block") or _default_order()
+        object.__setattr__(self, "_order", ssm.ORDERS[order] if isinstance(order, str) else order)
 
     def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
         """What the mixer gives, whatever its arguments."""
@@ -84,9 +96,9 @@ class RecordingConvolution(_Stand):
 class RecordingMamba(_Stand):
     """A Mamba-2 mixer.
 
-    On the CPU its state step is run token by token, as plain decoding runs it, so that a block
-    gives the very bits of single steps; over a block at once mlx-lm adds in another order.
-    Elsewhere the block is run at once.
+    On the CPU (or where ``ssm`` is ``stepwise``) its state step is run token by token, as plain
+    decoding runs it, so that a block gives the very bits of single steps; over a block at once
+    mlx-lm adds in another order. Elsewhere the block is run at once.
     """
 
     def _record(
@@ -102,7 +114,7 @@ class RecordingMamba(_Stand):
             x: mx.array, keys: mx.array, queries: mx.array, dt: mx.array, cache: Any, mask: Any
         ) -> mx.array:
             rows, tokens, _ = x.shape
-            tape = tape_of(
+            tape = ssm.tape_of(
                 x.reshape(rows, tokens, mixer.num_heads, mixer.head_dim),
                 keys.reshape(rows, tokens, mixer.n_groups, mixer.ssm_state_size),
                 dt,
@@ -111,14 +123,8 @@ class RecordingMamba(_Stand):
                 mixer.time_step_limit,
             )
             tapes.append(tape)
-            if mx.default_device() != mx.Device(mx.cpu):
-                at_once: mx.array = step(x, keys, queries, dt, cache, mask)
-                return at_once
-            parts = [
-                step(*(v[:, t : t + 1] for v in (x, keys, queries, dt)), cache, None)
-                for t in range(tokens)
-            ]
-            return mx.concatenate(parts, axis=1)
+            given: mx.array = self._order(step, (x, keys, queries, dt), cache, mask)
+            return given
 
         object.__setattr__(mixer, "_ssm", watched)
         output: mx.array = mixer(*args, **kwargs)
@@ -161,7 +167,7 @@ class RecordingKimi(_Stand):
         state = entry[3]
         if state is None:
             state = mx.zeros((rows, mixer.num_heads, *[mixer.head_dim] * 2), dtype=mx.float32)
-        out, tape, entry[3] = verify(q, k, v, g, mx.sigmoid(b), state, mask)
+        out, tape, entry[3] = verify(q, k, v, g, mx.sigmoid(b), state, mask, use=self._use)
         entry.record(tape, *windows)
         entry.advance(tokens)
         gate = mixer.g_b_proj(mixer.g_a_proj(x)).reshape(shape)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from draftloom.contracts import CacheKind, TargetInfo
+from draftloom.contracts import CacheKind, ComponentInfo, TargetInfo
 from draftloom.hookspecs import Register, hookimpl
 
-__all__ = ["register_cache_rollbacks", "resolve_cache_rollback"]
+__all__ = ["register_cache_rollbacks", "register_kernels", "resolve_cache_rollback"]
 
 
 @hookimpl
@@ -15,6 +15,14 @@ def register_cache_rollbacks(register: Register) -> None:
     register("tape-replay", "draftloom.caches.tape_replay:TapeReplayRollback")
     register("sliding-window", "draftloom.caches.sliding_window:SlidingWindowRollback")
     register("snapshot", "draftloom.caches.snapshot:SnapshotRollback")
+
+
+@hookimpl
+def register_kernels(register: Register) -> None:
+    """How verify sees a key/value cache."""
+    name = "fixed-length-caches/allocated"
+    summary = "key/value caches at their allocated length, with a mask; off: the valid rows"
+    register(name, "draftloom.caches.fixed_length:FixedLengthEntry", ComponentInfo(name, summary))
 
 
 @hookimpl(trylast=True)

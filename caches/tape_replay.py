@@ -14,6 +14,7 @@ from mlx_lm.models.cache import ArraysCache, CacheList, KVCache
 
 from draftloom.contracts import CacheKind, ComponentInfo, LayerSpeculation, Need
 from draftloom.errors import UsageError
+from draftloom.kernel_settings import KernelSettings
 from draftloom.kernels import gated_delta, ssm
 from draftloom.recording import RecordingEntry
 
@@ -32,6 +33,16 @@ class TapeReplayRollback:
         cache_kinds=(CacheKind.GATED_DELTA, CacheKind.RECURRENT, CacheKind.OTHER),
     )
 
+    def __init__(self) -> None:
+        self.tune(KernelSettings())
+
+    def tune(self, settings: KernelSettings) -> None:
+        """Choose the kernel that replays (``gated-delta``), and how key/value caches beside the
+        state are seen (``fixed-length-caches``)."""
+        self._trim = TrimRollback()
+        self._trim.tune(settings)
+        self._use = gated_delta.prefer(settings.use("gated-delta"))
+
     def begin(self, entry: Any, block: mx.array) -> LayerSpeculation:
         """Let the layer record block [B, K+1] instead of writing its cache. A block without draft
         tokens needs no tape: the layer runs as in plain decoding.
@@ -46,11 +57,11 @@ class TapeReplayRollback:
             raise UsageError(
                 f"tape-replay cannot take back a {type(entry).__name__}", "use snapshot"
             )
-        return _OneToken(entry) if tokens == 1 else _Recorded(entry, tokens)
+        return _OneToken(entry) if tokens == 1 else _Recorded(entry, tokens, self._use)
 
     def _child(self, entry: Any, block: mx.array) -> LayerSpeculation:
         if type(entry) is KVCache:
-            return TrimRollback().begin(entry, block)
+            return self._trim.begin(entry, block)
         return self.begin(entry, block)
 
 
@@ -109,10 +120,11 @@ class _Recorded:
 
     reforwards = False
 
-    def __init__(self, entry: Any, tokens: int) -> None:
+    def __init__(self, entry: Any, tokens: int, use: gated_delta.Preference | None) -> None:
         self._cache = entry
         self._before = list(entry.cache)
         self._tokens = tokens
+        self._use = use
         self.entry = RecordingEntry(entry)
 
     def commit(self, num_accepted: Sequence[int]) -> None:
@@ -148,4 +160,4 @@ class _Recorded:
         count = num_accepted[0] + 1 if same else mx.array(list(num_accepted)) + 1
         if isinstance(tapes[0], ssm.SsmTape):
             return ssm.replay(state, ssm.concat_tapes(tapes), count)
-        return gated_delta.replay(state, gated_delta.concat_tapes(tapes), count)
+        return gated_delta.replay(state, gated_delta.concat_tapes(tapes), count, use=self._use)

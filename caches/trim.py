@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from draftloom.contracts import CacheKind, ComponentInfo
+from draftloom.kernel_settings import AUTO, OFF, KernelSettings
 
 from .fixed_length import FixedLengthEntry, serves
 
@@ -20,7 +21,7 @@ class TrimRollback:
 
     Args:
         fixed_length: show verify the cache at its allocated length (see `.fixed_length`); by
-            default where that pays.
+            default where that pays, or as the operation ``fixed-length-caches`` is chosen.
     """
 
     info = ComponentInfo(
@@ -31,6 +32,12 @@ class TrimRollback:
 
     def __init__(self, fixed_length: bool | None = None) -> None:
         self._fixed_length = fixed_length
+
+    def tune(self, settings: KernelSettings) -> None:
+        """Choose the operation ``fixed-length-caches``; an argument of the constructor wins."""
+        choice = settings.choice("fixed-length-caches")
+        if self._fixed_length is None and choice != AUTO:
+            self._fixed_length = choice != OFF
 
     def begin(self, entry: Any, block: mx.array) -> _Trimmed:
         """Remember where the cache ended before block [B, K+1]."""

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
         TargetAdapter,
         TargetInfo,
         TargetOutput,
+        Tunable,
         Verifier,
         Width,
         WidthPolicy,
@@ -78,6 +79,7 @@ if TYPE_CHECKING:
     )
     from draftloom.graph import Graph, Node
     from draftloom.hookspecs import Register, hookimpl
+    from draftloom.kernel_settings import KernelSettings
     from draftloom.kv_cache import KVQuantization
     from draftloom.memory import MemorySettings, MemoryUse, WeightEstimate
     from draftloom.model_info import ModelInfo
@@ -130,6 +132,7 @@ __all__ = [
     "GraphError",
     "InsertSpec",
     "KVQuantization",
+    "KernelSettings",
     "LayerSpeculation",
     "LoadedModel",
     "LogitsProcessor",
@@ -164,6 +167,7 @@ __all__ = [
     "TargetOutput",
     "TextGeneration",
     "TokenLogprob",
+    "Tunable",
     "UnknownNameError",
     "UnsupportedModelError",
     "UsageError",
@@ -217,6 +221,7 @@ _EXPORTS = {
         "TargetAdapter",
         "TargetInfo",
         "TargetOutput",
+        "Tunable",
         "Verifier",
         "Width",
         "WidthPolicy",
@@ -254,6 +259,7 @@ _EXPORTS = {
         "hookimpl",
     ),
     "estimate": ("MemoryEstimate",),
+    "kernel_settings": ("KernelSettings",),
     "kv_cache": ("KVQuantization",),
     "memory": ("MemorySettings", "MemoryUse", "WeightEstimate"),
     "model_info": ("ModelInfo",),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,12 @@ from draftloom.contracts import (
     LoadedModel,
     Speculation,
     TargetAdapter,
+    Tunable,
 )
 from draftloom.engine import EngineParts
 from draftloom.errors import UsageError
 from draftloom.estimate import MemoryEstimate, costs_of, estimate, weights_fit
+from draftloom.kernel_settings import KernelSettings
 from draftloom.kv_cache import KVQuantization
 from draftloom.memory import MemorySettings
 from draftloom.mismatch import MismatchMonitor
@@ -150,6 +152,15 @@ class PipelineBuilder:
             return self._with(kv_cache=None)
         return self._with(kv_cache=KVQuantization(kv_bits, kv_group_size, quantized_kv_start))
 
+    def kernels(self, choices: Mapping[str, str] | KernelSettings) -> PipelineBuilder:
+        """Which implementation kernel operations run: ``off`` (the stock path), a registered name,
+        or ``auto``, which takes an earlier choice back. Goes on top of earlier choices.
+
+        Raises:
+            UsageError: no mapping of names.
+        """
+        return self._with(kernels=self.spec.kernels.on_top(choices))
+
     def memory(
         self,
         limit_gb: float | None = None,
@@ -205,6 +216,8 @@ class PipelineBuilder:
         loaded = self._loaded or self.plugins.load_model(plan.model, plan.spec.dtype)
         target: TargetAdapter = plan.adapter(loaded.model, plan.target)
         try:
+            if isinstance(target, Tunable):
+                target.tune(plan.kernels)
             target.tap(plan.drafter.info.tap_layers)
             parts = self._bind(plan, target)
         except BaseException:
@@ -224,11 +237,12 @@ class PipelineBuilder:
         context = BindContext(
             target=target,
             dtype=plan.spec.dtype,
-            open_model=partial(_open_model, self.plugins, plan.spec.dtype),
-            open_rollback=partial(_open_rollback, self.plugins),
+            open_model=partial(_open_model, self.plugins, plan),
+            open_rollback=partial(_open_rollback, self.plugins, plan.kernels),
+            kernels=plan.kernels,
         )
         rollback = CompositeRollback(plan.rollbacks, target)
-        components: Iterable[Any] = (
+        components: Sequence[Any] = (
             plan.drafter,
             plan.verifier,
             plan.acceptance,
@@ -236,6 +250,9 @@ class PipelineBuilder:
             *plan.rollbacks.values(),
             *plan.nodes.values(),
         )
+        for component in components:
+            if isinstance(component, Tunable):
+                component.tune(plan.kernels)
         for component in components:
             if isinstance(component, Bindable):
                 component.bind(context)
@@ -260,21 +277,26 @@ def _component(use: str | ComponentSpec, options: Mapping[str, Any]) -> Componen
     return use if isinstance(use, ComponentSpec) else ComponentSpec.make(use, options)
 
 
-def _open_model(plugins: PluginManager, dtype: str, path: Path) -> TargetAdapter:
+def _open_model(plugins: PluginManager, plan: Blueprint, path: Path) -> TargetAdapter:
     model = ModelInfo.from_path(path)
     factory = plugins.adapter_for(model).load()
     info = factory.describe(model)
-    adapter: TargetAdapter = factory(plugins.load_model(model, dtype).model, info)
+    adapter: TargetAdapter = factory(plugins.load_model(model, plan.spec.dtype).model, info)
+    if isinstance(adapter, Tunable):
+        adapter.tune(plan.kernels)
     return adapter
 
 
 def _open_rollback(
-    plugins: PluginManager, target: TargetAdapter
+    plugins: PluginManager, kernels: KernelSettings, target: TargetAdapter
 ) -> Callable[[list[Any], mx.array], Speculation]:
     rollbacks: dict[CacheKind, CacheRollback] = {}
     for kind in set(target.info.cache_kinds):
         name = plugins.rollback_for(kind, target.info)
         if name is None:
             raise UsageError(f"no rollback for {kind} caches of {target.info.name}")
-        rollbacks[kind] = plugins.component("rollback", name).make({})
+        rollback = plugins.component("rollback", name).make({})
+        if isinstance(rollback, Tunable):
+            rollback.tune(kernels)
+        rollbacks[kind] = rollback
     return CompositeRollback(rollbacks, target).begin

@@ -4,7 +4,7 @@ All arrays carry the batch axis first. Shapes use B (rows), T (tokens), K (draft
 V (vocabulary), D (hidden size), F (features: number of taps times D).
 A component is a class with an `info` (`ComponentInfo`) and the methods of its protocol; nothing
 is inherited. What a component may do besides is a small protocol of its own: `Bindable`,
-`Checkable`.
+`Checkable`, `Tunable`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from draftloom.errors import Problem
+from draftloom.kernel_settings import KernelSettings
 
 if TYPE_CHECKING:
     from draftloom.model_info import ModelInfo
@@ -50,6 +51,7 @@ __all__ = [
     "TargetAdapterFactory",
     "TargetInfo",
     "TargetOutput",
+    "Tunable",
     "Verifier",
     "Width",
     "WidthPolicy",
@@ -506,12 +508,14 @@ class BindContext:
         dtype: name of the compute type asked for (``auto``, ``float32``, ...).
         open_model: load another model (folder) as a target adapter of its own.
         open_rollback: a rollback over all caches of an adapter: (cache, block) -> Speculation.
+        kernels: which implementation each kernel operation is to run.
     """
 
     target: TargetAdapter
     dtype: str
     open_model: Callable[[Path], TargetAdapter]
     open_rollback: Callable[[TargetAdapter], Callable[[list[Any], mx.array], Speculation]]
+    kernels: KernelSettings = attrs.Factory(KernelSettings)
 
 
 @runtime_checkable
@@ -520,6 +524,14 @@ class Bindable(Protocol):
 
     def bind(self, context: BindContext) -> None:
         """Called once, after the graph has passed every check."""
+
+
+@runtime_checkable
+class Tunable(Protocol):
+    """An adapter, a rollback or another component whose kernels can be chosen."""
+
+    def tune(self, settings: KernelSettings) -> None:
+        """Run these implementations from now on; called once, before drafters are bound."""
 
 
 @runtime_checkable

@@ -38,6 +38,7 @@ from draftloom.errors import (
     did_you_mean,
 )
 from draftloom.graph import Graph, Node, standard_nodes
+from draftloom.kernel_settings import KernelSettings, resolve_kernels
 from draftloom.kv_cache import QuantizesKV
 from draftloom.model_info import ModelInfo
 from draftloom.plugins import PluginManager, canonical
@@ -63,6 +64,7 @@ class Blueprint:
         names: names of target, adapter, drafter, verifier, acceptance, rollback, width.
         folders: model folders that the drafter's options name; their weights may not be here yet.
         sampling: default sampling parameters.
+        kernels: which implementation each kernel operation runs, as components get it.
     """
 
     spec: PipelineSpec
@@ -79,6 +81,7 @@ class Blueprint:
     names: dict[str, str]
     sampling: SamplingParams
     folders: tuple[Path, ...] = ()
+    kernels: KernelSettings = attrs.Factory(KernelSettings)
 
 
 class Resolver:
@@ -93,6 +96,7 @@ class Resolver:
         self.problems: list[Problem] = []
         self._auto: ComponentSpec | None = None
         self._folders: list[Path] = []
+        self._kernels = KernelSettings()
 
     def blueprint(self) -> Blueprint:
         model = self._model()
@@ -101,6 +105,7 @@ class Resolver:
         target: TargetInfo = attrs.evolve(adapter.describe(model), adapter=component.name)
         self._check_dtype()
         self._check_kv_cache(adapter, component.name, model)
+        self._attempt("kernels", self._resolve_kernels)
         sampling = self._attempt("sampling", partial(self._sampling, target.vocab_size))
         drafter = self._drafter(target, model)
         verifier = self._make("verifier", self.spec.verifier)
@@ -129,6 +134,7 @@ class Resolver:
             nodes=nodes,
             sampling=sampling or SamplingParams(),
             folders=tuple(dict.fromkeys(self._folders)),
+            kernels=self._kernels,
             names=_names(target, drafter, verifier, acceptance, rollbacks, width),
         )
 
@@ -169,6 +175,10 @@ class Resolver:
         if reason:
             message = f"{model.model_type} cannot run on quantized caches: {reason}"
             self._problem("kv_cache", message, "leave kv_bits out")
+
+    def _resolve_kernels(self) -> None:
+        self._kernels, problems = resolve_kernels(self.spec.kernels, self.plugins)
+        self.problems += problems
 
     def _sampling(self, vocab_size: int) -> SamplingParams:
         known = (*SAMPLING_KEYS, "logits_processors")
@@ -345,6 +355,8 @@ class Resolver:
         )
         if self.spec.kv_cache is not None:
             notes += (("kv cache", str(self.spec.kv_cache)),)
+        if self._kernels.choices:
+            notes += (("kernels", str(self._kernels)),)
         if not acceptance.info.lossless:
             notes += (
                 (

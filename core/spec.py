@@ -15,6 +15,7 @@ from typing import Any
 import attrs
 
 from draftloom.errors import GraphError, Problem, UsageError, did_you_mean
+from draftloom.kernel_settings import KernelSettings
 from draftloom.kv_cache import KVQuantization
 from draftloom.memory import MemorySettings
 
@@ -136,6 +137,7 @@ class PipelineSpec:
         kv_cache: how the target's key/value caches are packed; None leaves them plain.
         memory: the limit, the length to make room for, prompt tokens run at once.
         inserts: nodes of the user's own.
+        kernels: which implementation each kernel operation runs; ``auto`` where it is not named.
     """
 
     target: str = ""
@@ -149,6 +151,7 @@ class PipelineSpec:
     sampling: tuple[tuple[str, Any], ...] = ()
     memory: MemorySettings = attrs.Factory(MemorySettings)
     inserts: tuple[InsertSpec, ...] = ()
+    kernels: KernelSettings = attrs.Factory(KernelSettings)
 
     @classmethod
     def from_file(cls, path: Path) -> PipelineSpec:
@@ -208,6 +211,8 @@ class PipelineSpec:
             lines.append(f"kv_cache = {_toml(self.kv_cache.as_data())}")
         if self.memory != default.memory:
             lines.append(f"memory = {_toml(self.memory.as_data())}")
+        if self.kernels.choices:
+            lines.append(f"kernels = {_toml(self.kernels.as_data())}")
         for insert in self.inserts:
             table = insert.component.as_data()
             table = {"use": table} if isinstance(table, str) else table
@@ -348,5 +353,6 @@ _READERS = {
     "sampling": _sampling,
     "kv_cache": KVQuantization.of,
     "memory": MemorySettings.of,
+    "kernels": KernelSettings.of,
     "insert": _inserts,
 }

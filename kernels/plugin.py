@@ -7,18 +7,21 @@ from draftloom.hookspecs import Register, hookimpl
 
 __all__ = ["register_kernels"]
 
-
-_GATED_DELTA = {
-    "array": "token by token, in mlx-lm's order of operations",
-    "chunked": "a chunk of tokens at a time, differentiable",
-    "cuda": "one launch a block, CUDA",
-    "metal": "one launch a block, Metal",
-}
+_GATED_DELTA = "draftloom.kernels.gated_delta"
+_KERNELS = (
+    ("gated-delta/array", _GATED_DELTA, "token by token, in mlx-lm's order of operations"),
+    ("gated-delta/chunked", _GATED_DELTA, "a chunk of tokens at a time, differentiable"),
+    ("gated-delta/cuda", _GATED_DELTA, "one launch a block, CUDA"),
+    ("gated-delta/metal", _GATED_DELTA, "one launch a block, Metal"),
+    ("ssm/stepwise", "draftloom.kernels.ssm", "Mamba-2 verifies token by token, as it decodes"),
+    ("ssm/block", "draftloom.kernels.ssm", "Mamba-2 verifies a block at once, as mlx-lm does"),
+)
+"""(operation/implementation, module that holds it under the implementation's name, summary)."""
 
 
 @hookimpl
 def register_kernels(register: Register) -> None:
-    """The implementations of the gated delta rule."""
-    for name, summary in _GATED_DELTA.items():
-        full = f"gated-delta/{name}"
-        register(full, f"draftloom.kernels.gated_delta:{name}", ComponentInfo(full, summary))
+    """Every implementation of every operation."""
+    for name, module, summary in _KERNELS:
+        attribute = name.partition("/")[2].replace("-", "_")
+        register(name, f"{module}:{attribute}", ComponentInfo(name, summary))

@@ -175,7 +175,10 @@ class _Plugin:
 
 
 def simulated_subject(
-    simulation: Simulation, dtype: str, widths: Sequence[tuple[str, str | int | None]]
+    simulation: Simulation,
+    dtype: str,
+    widths: Sequence[tuple[str, str | int | None]],
+    kernels: Mapping[str, str] | None = None,
 ) -> Subject:
     """A target with random weights and its variants.
 
@@ -184,10 +187,12 @@ def simulated_subject(
         dtype: of the weights; ``auto`` is bfloat16.
         widths: variants: what to call them, and their width policy or number of draft tokens;
             None is the drafter's own.
+        kernels: choices by operation, as `PipelineBuilder.kernels` takes them.
 
     Raises:
         UnknownNameError: no such shape.
         UsageError: no such type, or a rate outside [0, 1].
+        GraphError: an unknown operation or implementation.
     """
     shapes = _shapes()
     if simulation.shape not in shapes:
@@ -204,7 +209,7 @@ def simulated_subject(
     model = _model(shape["target"], simulation.seed, DTYPES.get(dtype, mx.bfloat16))
     seed, rates = simulation.seed, list(simulation.rates)
     base = base.model(model).drafter("simulated-dflash", checkpoint=folder.name, seed=seed)
-    base = base.acceptance("simulated", rates=rates, seed=seed)
+    base = base.acceptance("simulated", rates=rates, seed=seed).kernels(kernels or {})
     builders = [(name, base if width is None else base.width(width)) for name, width in widths]
     plans = [(name, builder.check()) for name, builder in builders]
     variants = make_variants(plans, base, model, None)

@@ -22,6 +22,7 @@ from .options import (
     DrafterWindowOption,
     DtypeOption,
     JsonOption,
+    KernelOption,
     PipelineFlags,
     PipelineOption,
     RollbackOption,
@@ -61,6 +62,7 @@ def audit(
     acceptance: AcceptanceOption = None,
     rollback: RollbackOption = None,
     block_size: BlockSizeOption = None,
+    kernel: KernelOption = None,
     pipeline: PipelineOption = None,
     dtype: DtypeOption = None,
     kv_bits: KvBitsOption = None,
@@ -77,8 +79,8 @@ def audit(
         drafter_confidence=drafter_confidence,
         drafter_window=drafter_window, drafter_sinks=drafter_sinks, verifier=verifier,
         acceptance=acceptance,
-        rollback=rollback, block_size=block_size, pipeline=pipeline, dtype=dtype, temperature=0.0,
-        xtc_probability=0.0,
+        rollback=rollback, block_size=block_size, kernel=kernel, pipeline=pipeline,
+        dtype=dtype, temperature=0.0, xtc_probability=0.0,
         kv_bits=kv_bits, kv_group_size=kv_group_size, quantized_kv_start=quantized_kv_start,
     )  # fmt: skip
     chosen = None if prompts is None else read_prompts(prompts)

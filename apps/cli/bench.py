@@ -13,7 +13,14 @@ from rich.console import Console
 
 from draftloom.errors import UsageError
 
-from .options import DtypeOption, PipelineFlags, TargetOption, parse_width
+from .options import (
+    DtypeOption,
+    KernelOption,
+    PipelineFlags,
+    TargetOption,
+    parse_kernels,
+    parse_width,
+)
 from .output import busy, fallback_on_stderr, say_note
 from .state import state_of
 
@@ -43,6 +50,7 @@ class _Chosen:
     drafters: Sequence[str]
     block_sizes: Sequence[int]
     widths: Sequence[str]
+    kernel: list[str] | None
 
     def width_choices(self) -> list[tuple[str, str | int | None]]:
         """What to call each width, and what the builder takes; one None where none is given."""
@@ -61,13 +69,14 @@ class _Chosen:
         """Every variant's name and builder."""
         found = []
         for file in self.pipelines:
-            flags = PipelineFlags(target=target, dtype=dtype, pipeline=file)
+            flags = PipelineFlags(target=target, dtype=dtype, kernel=self.kernel, pipeline=file)
             found.append((file.stem, flags.builder(plugins)))
         drafters: list[str | None] = [*self.drafters]
         if not drafters and (self.block_sizes or self.widths or not self.pipelines):
             drafters = [None]
         for drafter in drafters:
-            base = PipelineFlags(target=target, dtype=dtype, drafter=drafter).builder(plugins)
+            flags = PipelineFlags(target=target, dtype=dtype, drafter=drafter, kernel=self.kernel)
+            base = flags.builder(plugins)
             for label, width in self.width_choices():
                 name = " ".join(filter(None, [drafter and Path(drafter).name, label]))
                 found.append((name or "default", base if width is None else base.width(width)))
@@ -79,6 +88,7 @@ def bench(
     context: typer.Context,
     target: TargetOption = None,
     dtype: DtypeOption = None,
+    kernel: KernelOption = None,
     pipeline: Annotated[
         list[Path] | None,
         typer.Option(metavar="FILE.toml", help="A variant. Repeatable.", rich_help_panel=VARIANTS),
@@ -185,6 +195,7 @@ def bench(
         drafters=drafter or (),
         block_sizes=block_size or (),
         widths=width or (),
+        kernel=kernel,
     )
     for file in (json_file, html_file):
         check_writable(file)
@@ -247,8 +258,9 @@ def _simulated(
     shape, rates, prompt_tokens = options
     simulation = Simulation(shape, rates, prompt_tokens=prompt_tokens)
     widths = [(name or "dflash", width) for name, width in chosen.width_choices()]
+    kernels = parse_kernels(chosen.kernel or [])
     with busy("making random weights"):
-        subject = simulated_subject(simulation, dtype or "auto", widths)
+        subject = simulated_subject(simulation, dtype or "auto", widths, kernels)
     return subject, random_prompts(simulation, subject.vocab_size, count)
 
 

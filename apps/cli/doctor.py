@@ -19,10 +19,18 @@ from .memory_options import (
     QuantizedKvStartOption,
 )
 from .offline import OfflineOption
-from .options import DrafterOption, DtypeOption, JsonOption, PipelineFlags, TargetOption
+from .options import (
+    DrafterOption,
+    DtypeOption,
+    JsonOption,
+    KernelOption,
+    PipelineFlags,
+    TargetOption,
+)
 from .state import state_of
 
 if TYPE_CHECKING:
+    from draftloom.kernel_settings import KernelSettings
     from draftloom.model_info import ModelInfo
     from draftloom.plugins import PluginManager
 
@@ -60,6 +68,7 @@ def doctor(
     drafter: DrafterOption = None,
     offline: OfflineOption = False,
     dtype: DtypeOption = None,
+    kernel: KernelOption = None,
     kv_bits: KvBitsOption = None,
     kv_group_size: KvGroupSizeOption = None,
     quantized_kv_start: QuantizedKvStartOption = None,
@@ -72,8 +81,9 @@ def doctor(
     much memory each part would take at a context length. Loads no weights."""
     plugins = state_of(context).plugins
     flags = PipelineFlags(
-        target=target, drafter=drafter, dtype=dtype, kv_bits=kv_bits, kv_group_size=kv_group_size,
-        quantized_kv_start=quantized_kv_start, memory_limit=memory_limit,
+        target=target, drafter=drafter, dtype=dtype, kernel=kernel, kv_bits=kv_bits,
+        kv_group_size=kv_group_size, quantized_kv_start=quantized_kv_start,
+        memory_limit=memory_limit,
         context_length=context_length or CONTEXT, prefill_step_size=prefill_step_size,
     )  # fmt: skip
     report = _report(plugins, target or "", flags)
@@ -81,8 +91,13 @@ def doctor(
 
 
 def _report(plugins: PluginManager, target: str, flags: PipelineFlags) -> dict[str, Any]:
+    from draftloom.errors import GraphError
+    from draftloom.kernel_settings import operations, resolve_kernels
     from draftloom.model_info import ModelInfo
 
+    settings, problems = resolve_kernels(flags.builder(plugins).spec.kernels, plugins)
+    if problems:
+        raise GraphError(problems)
     path = plugins.locate_model(target)
     model = ModelInfo.from_path(path, target or path.parent.name)
     info = plugins.adapter_for(model).load().describe(model)
@@ -108,7 +123,11 @@ def _report(plugins: PluginManager, target: str, flags: PipelineFlags) -> dict[s
         "memory": _memory(plugins, flags, known=drafter is not None),
         "kernels": {
             "registered": {c.name: c.info.summary for c in plugins.components("kernel")},
-            "choices": [attrs.asdict(choice) for choice in kernel_choices(model)],
+            "operations": {
+                operation: {"choice": settings.choice(operation), "implementations": names}
+                for operation, names in operations(plugins).items()
+            },
+            "choices": [attrs.asdict(choice) for choice in kernel_choices(model, settings)],
         },
         "plugins": [
             f"{p.name} ({p.distribution} {p.version})".replace(" )", ")")
@@ -173,14 +192,18 @@ def _dtype_advice() -> tuple[str, list[str]]:
     ]
 
 
-def kernel_choices(model: ModelInfo) -> list[KernelChoice]:
+def kernel_choices(model: ModelInfo, settings: KernelSettings | None = None) -> list[KernelChoice]:
     """Which kernels the gated-delta layers of a model would use here; none without such layers.
 
     Asks for a block of `BLOCK` tokens and a prompt chunk of `PROMPT`, B = 1.
+
+    Args:
+        model: the target's config.
+        settings: checked choices; None is ``auto``.
     """
     import mlx.core as mx
 
-    from draftloom.kernels.gated_delta import Request, choose
+    from draftloom.kernels.gated_delta import Request, choose, prefer
 
     config = model.text_config
     keys = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim")
@@ -189,7 +212,7 @@ def kernel_choices(model: ModelInfo) -> list[KernelChoice]:
     if len(sizes) < len(keys):
         return []
     on_cpu = mx.default_device() == mx.Device(mx.cpu)
-    choices = []
+    choices, name = [], "gated-delta"
     for operation in OPERATIONS:
         request = Request(
             operation=operation,
@@ -202,9 +225,10 @@ def kernel_choices(model: ModelInfo) -> list[KernelChoice]:
             value_size=sizes[3],
             device="cpu" if on_cpu else "gpu",
         )
-        choice = choose(request)
-        name = f"gated-delta {operation}"
-        choices.append(KernelChoice(name, choice.name, choice.reason, dict(choice.rejected)))
+        choice = choose(request, None if settings is None else prefer(settings.use(name)))
+        choices.append(
+            KernelChoice(f"{name} {operation}", choice.name, choice.reason, dict(choice.rejected))
+        )
     return choices
 
 
@@ -244,7 +268,12 @@ def _describe(report: dict[str, Any]) -> str:
         lines += [f"    not {name}: {why}" for name, why in choice["rejected"].items()]
     if not report["kernels"]["choices"]:
         lines.append("  this target needs none (no gated-delta layers)")
-    lines += [f"  registered: {n}: {s}" for n, s in report["kernels"]["registered"].items()]
+    for name, found in report["kernels"]["operations"].items():
+        lines.append(f"  operation {name}: {found['choice']}; --kernel {name}=CHOICE, or off")
+        lines += [
+            f"    {choice}: {report['kernels']['registered'][f'{name}/{choice}']}"
+            for choice in found["implementations"]
+        ]
     lines += ["third-party plugins", *(f"  {p}" for p in report["plugins"] or ["none"])]
     return "\n".join(lines)
 

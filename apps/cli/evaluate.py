@@ -13,7 +13,7 @@ from rich.console import Console
 from draftloom.errors import UsageError
 
 from .bench import at_least, check_writable, say_progress, write_text
-from .options import DrafterOption, DtypeOption, PipelineFlags, TargetOption
+from .options import DrafterOption, DtypeOption, KernelOption, PipelineFlags, TargetOption
 from .output import busy, fallback_on_stderr, say_note
 from .state import state_of
 
@@ -42,6 +42,7 @@ def drafter(
     target: TargetOption = None,
     drafter: DrafterOption = None,
     dtype: DtypeOption = None,
+    kernel: KernelOption = None,
     against: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME|DIR|REPO", help="An older drafter to compare with. Repeatable."),
@@ -109,7 +110,7 @@ def drafter(
         tuple(suite or (() if data else built_in_suites())), tuple(data or ()), limit, prompt_tokens
     )
     settings = Settings(lengths=(tokens,), repeats=repeats, stop_at_eos=True)
-    base = PipelineFlags(target=target, dtype=dtype, drafter=drafter)
+    base = PipelineFlags(target=target, dtype=dtype, drafter=drafter, kernel=kernel)
     plugins = state_of(context).plugins
     with fallback_on_stderr():
         others = _Others(tuple(against or ()), tuple(drafter_bits or ()), lookup)

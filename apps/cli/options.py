@@ -28,6 +28,7 @@ __all__ = [
     "DrafterWindowOption",
     "DtypeOption",
     "JsonOption",
+    "KernelOption",
     "MinPOption",
     "ParkOption",
     "PipelineFlags",
@@ -41,6 +42,7 @@ __all__ = [
     "TopPOption",
     "VerifierOption",
     "WidthOption",
+    "parse_kernels",
     "parse_rollback",
     "parse_width",
     "read_prompt",
@@ -162,6 +164,15 @@ DtypeOption = Annotated[
         rich_help_panel=PARTS,
     ),
 ]
+KernelOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="OPERATION=CHOICE",
+        help="Run an operation by this implementation, or off: the stock path. Repeatable. "
+        "`draftloom doctor` lists them.",
+        rich_help_panel=PARTS,
+    ),
+]
 TemperatureOption = Annotated[
     float | None,
     typer.Option(metavar="T", help="0 (default) is greedy.", rich_help_panel=SAMPLING),
@@ -208,6 +219,7 @@ class PipelineFlags:
         block_size: tokens a cycle verifies, the anchor included.
         width: a width policy, or draft tokens a cycle.
         park: whether a width stops drafting after the mismatch alarm.
+        kernel: ``OPERATION=CHOICE``, each on top of what the file says.
         pipeline: a pipeline file; the other options override what it says.
         kv_bits, kv_group_size, quantized_kv_start: see `KVQuantization`.
         memory_limit, context_length, prefill_step_size: see `MemorySettings`.
@@ -226,6 +238,7 @@ class PipelineFlags:
     block_size: int | None = None
     width: str | None = None
     park: bool | None = None
+    kernel: list[str] | None = None
     pipeline: Path | None = None
     dtype: str | None = None
     temperature: float | None = None
@@ -283,6 +296,8 @@ class PipelineFlags:
         if self.width is not None:
             builder = builder.width(parse_width(self.width))
         builder = self._with_memory(builder, spec)
+        if self.kernel:
+            builder = builder.kernels(parse_kernels(self.kernel))
         if self.park is not None:
             width = builder.spec.width
             builder = builder.width(width.use, **{**dict(width.options), "park": self.park})
@@ -356,6 +371,23 @@ def parse_rollback(text: str) -> str | dict[str, str]:
         if kind in chosen:
             raise UsageError(f"--rollback names {kind!r} twice", "once a cache kind")
         chosen[kind] = name
+    return chosen
+
+
+def parse_kernels(texts: list[str]) -> dict[str, str]:
+    """Read ``OPERATION=CHOICE`` of every text.
+
+    Raises:
+        UsageError: another form, or one operation twice.
+    """
+    chosen: dict[str, str] = {}
+    for text in texts:
+        operation, _, choice = (piece.strip() for piece in text.partition("="))
+        if not operation or not choice:
+            raise UsageError(f"--kernel cannot be read: {text!r}", "write OPERATION=CHOICE")
+        if operation in chosen:
+            raise UsageError(f"--kernel names {operation!r} twice", "once an operation")
+        chosen[operation] = choice
     return chosen
 
 

@@ -8,19 +8,32 @@ Importing this package compiles nothing: a kernel is compiled at its first launc
 - :func:`row_counts` prepares per-row counts once for all layers.
 - :func:`prefill` runs a prompt.
 - :func:`choose` says which implementation serves a request, and why.
+- :func:`prefer` names an implementation to take wherever it serves a request.
 """
 
-from .dispatch import IMPLEMENTATIONS, Choice, choose, prefill, replay, replay_verify, verify
+from .dispatch import (
+    IMPLEMENTATIONS,
+    Choice,
+    Preference,
+    choose,
+    prefer,
+    prefill,
+    replay,
+    replay_verify,
+    verify,
+)
 from .launch import Request, row_counts
 from .tape import Tape, concat_tapes
 
 __all__ = [
     "IMPLEMENTATIONS",
     "Choice",
+    "Preference",
     "Request",
     "Tape",
     "choose",
     "concat_tapes",
+    "prefer",
     "prefill",
     "replay",
     "replay_verify",

@@ -9,7 +9,7 @@ switched off or compared.
 import difflib
 import logging
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import attrs
 import mlx.core as mx
@@ -18,7 +18,17 @@ from . import array, chunked, cuda, metal
 from .launch import Launcher, Request
 from .tape import Tape
 
-__all__ = ["IMPLEMENTATIONS", "Choice", "choose", "prefill", "replay", "replay_verify", "verify"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "Choice",
+    "Preference",
+    "choose",
+    "prefer",
+    "prefill",
+    "replay",
+    "replay_verify",
+    "verify",
+]
 
 IMPLEMENTATIONS = ("metal", "cuda", "array", "chunked")
 _LONG = 64  # tokens from which, on a GPU without a kernel, the chunked rule beats the token loop
@@ -51,20 +61,41 @@ class Choice:
         name: one of :data:`IMPLEMENTATIONS`.
         reason: one sentence for people.
         rejected: for each implementation passed over, why.
+        own: the implementation itself, where a third party's plugin has it.
     """
 
     name: str
     reason: str
     rejected: tuple[tuple[str, str], ...] = ()
+    own: Any = None
+
+
+@attrs.frozen
+class Preference:
+    """An implementation to take where it serves a request; elsewhere the array path runs.
+
+    Attributes:
+        implementation: one of :data:`IMPLEMENTATIONS`, or a third party's: an object with
+            ``name``, ``supports(request)`` (None or why not) and the functions `verify`, `replay`,
+            `replay_verify` and `prefill`, as here without ``use``. Those whose operation it
+            refuses need not be there.
+    """
+
+    implementation: Any
+
+
+def prefer(implementation: Any) -> Preference | None:
+    """What ``use`` takes to prefer an implementation; None (no preference) stays None."""
+    return None if implementation is None else Preference(implementation)
 
 
 @lru_cache(maxsize=512)
-def choose(request: Request, use: str | None = None) -> Choice:
+def choose(request: Request, use: str | Preference | None = None) -> Choice:
     """The implementation that serves a request; the same request is decided, and logged, once.
 
     Args:
         request: what the call asks.
-        use: the name of an implementation, or None to choose.
+        use: the name of an implementation, a preference, or None to choose.
 
     Returns:
         The choice with its reasons.
@@ -72,6 +103,8 @@ def choose(request: Request, use: str | None = None) -> Choice:
     Raises:
         ValueError: if ``use`` is no implementation, or one that does not support the request.
     """
+    if isinstance(use, Preference):
+        return _preferred(request, use.implementation)
     if use is not None:
         return _named(request, use)
     rejected: list[tuple[str, str]] = []
@@ -102,6 +135,18 @@ def _named(request: Request, use: str) -> Choice:
     if reason is not None:
         raise ValueError(f"implementation {use!r} cannot serve {request.operation}: {reason}")
     return _logged(request, Choice(use, "it was asked for"))
+
+
+def _preferred(request: Request, wanted: Any) -> Choice:
+    if isinstance(wanted, str):
+        name, own, supports = wanted, None, _SUPPORTS[wanted]
+    else:
+        name, own, supports = wanted.name, wanted, wanted.supports
+    reason = supports(request)
+    if reason is None:
+        return _logged(request, Choice(name, "it was asked for", own=own))
+    passed = ((name, reason),)
+    return _logged(request, Choice("array", "what was asked for does not serve it", passed))
 
 
 def _logged(request: Request, choice: Choice) -> Choice:
@@ -160,7 +205,7 @@ def verify(
     mask: mx.array | None = None,
     *,
     write_state: bool = True,
-    use: str | None = None,
+    use: str | Preference | None = None,
 ) -> tuple[mx.array, Tape, mx.array | None]:
     """Run a block of T tokens and record its tape.
 
@@ -174,7 +219,7 @@ def verify(
         mask: [B, T] bool, or None; a token with False changes no state, and its row of y means
             nothing.
         write_state: whether the state after the block is wanted.
-        use: an implementation by name, or None to choose.
+        use: an implementation by name, a :class:`Preference`, or None to choose.
 
     Returns:
         y [B, T, Hv, Dv] in q's dtype, the tape, and the state after the block (None if not
@@ -184,7 +229,13 @@ def verify(
         ValueError: on shapes that do not fit, or an implementation that does not serve them.
     """
     _check(q, k, v, g, beta, state)
-    name = choose(_request("verify", k, v, g, v.dtype), use).name
+    choice = choose(_request("verify", k, v, g, v.dtype), use)
+    name = choice.name
+    if choice.own is not None:
+        block: tuple[mx.array, Tape, mx.array | None] = choice.own.verify(
+            q, k, v, g, beta, state, mask, write_state=write_state
+        )
+        return block
     if name in ("metal", "cuda"):
         return _launcher(name).verify(q, k, v, g, beta, state, mask, write_state=write_state)
     run = array.verify if name == "array" else chunked.verify
@@ -192,7 +243,9 @@ def verify(
     return y, tape, end if write_state else None
 
 
-def replay(state: mx.array, tape: Tape, n: int | mx.array, *, use: str | None = None) -> mx.array:
+def replay(
+    state: mx.array, tape: Tape, n: int | mx.array, *, use: str | Preference | None = None
+) -> mx.array:
     """Bring a state forward by the first n entries of a tape.
 
     Equals, bit for bit, the state that :func:`verify` by the same implementation had after n
@@ -203,7 +256,7 @@ def replay(state: mx.array, tape: Tape, n: int | mx.array, *, use: str | None = 
         tape: T entries.
         n: 0..T, one number or [B] int32, or longer, as from :func:`..launch.row_counts` (array
             counts are not read, so not checked: kernels cut them to 0..T).
-        use: an implementation by name, or None to choose.
+        use: an implementation by name, a :class:`Preference`, or None to choose.
 
     Returns:
         [B, Hv, Dv, Dk] float32.
@@ -213,9 +266,12 @@ def replay(state: mx.array, tape: Tape, n: int | mx.array, *, use: str | None = 
     """
     if isinstance(n, int) and not 0 <= n <= tape.length:
         raise ValueError(f"cannot replay {n} entries of a tape of {tape.length}")
-    name = choose(_request("replay", tape.k, tape.delta, tape.g, tape.k.dtype), use).name
-    if name in ("metal", "cuda"):
-        return _launcher(name).replay(state, tape, n)
+    choice = choose(_request("replay", tape.k, tape.delta, tape.g, tape.k.dtype), use)
+    if choice.own is not None:
+        rebuilt: mx.array = choice.own.replay(state, tape, n)
+        return rebuilt
+    if choice.name in ("metal", "cuda"):
+        return _launcher(choice.name).replay(state, tape, n)
     return array.replay(state, tape, n)
 
 
@@ -228,7 +284,7 @@ def prefill(
     state: mx.array,
     mask: mx.array | None = None,
     *,
-    use: str | None = None,
+    use: str | Preference | None = None,
 ) -> tuple[mx.array, mx.array]:
     """Run T tokens without a tape; arguments and errors as :func:`verify`.
 
@@ -238,10 +294,13 @@ def prefill(
         y [B, T, Hv, Dv] in q's dtype and the state after T tokens.
     """
     _check(q, k, v, g, beta, state)
-    name = choose(_request("prefill", k, v, g, v.dtype), use).name
-    if name in ("metal", "cuda"):
-        return _launcher(name).prefill(q, k, v, g, beta, state, mask)
-    run = array.prefill if name == "array" else chunked.prefill
+    choice = choose(_request("prefill", k, v, g, v.dtype), use)
+    if choice.own is not None:
+        chunk: tuple[mx.array, mx.array] = choice.own.prefill(q, k, v, g, beta, state, mask)
+        return chunk
+    if choice.name in ("metal", "cuda"):
+        return _launcher(choice.name).prefill(q, k, v, g, beta, state, mask)
+    run = array.prefill if choice.name == "array" else chunked.prefill
     return run(q, k, v, g, beta, state, mask)
 
 
@@ -253,7 +312,7 @@ def replay_verify(
     mask: mx.array | None = None,
     *,
     write_state: bool = False,
-    use: str | None = None,
+    use: str | Preference | None = None,
 ) -> tuple[mx.array, Tape, mx.array, mx.array | None]:
     """Replay n entries of the last cycle's tape, then run this cycle's block.
 
@@ -266,7 +325,7 @@ def replay_verify(
         state: [B, Hv, Dv, Dk] float32, the state before ``previous``.
         mask: [B, T] bool of this cycle, or None.
         write_state: whether to write the state after the block too.
-        use: an implementation by name, or None to choose.
+        use: an implementation by name, a :class:`Preference`, or None to choose.
 
     Returns:
         y, this cycle's tape, the state between (which the new tape was recorded on), and the state
@@ -278,7 +337,13 @@ def replay_verify(
     _check(*block, state)
     if isinstance(n, int) and not 0 <= n <= previous.length:
         raise ValueError(f"cannot replay {n} entries of a tape of {previous.length}")
-    name = choose(_request("replay_verify", block[1], block[2], block[3], block[2].dtype), use).name
+    choice = choose(_request("replay_verify", block[1], block[2], block[3], block[2].dtype), use)
+    name = choice.name
+    if choice.own is not None:
+        found: tuple[mx.array, Tape, mx.array, mx.array | None] = choice.own.replay_verify(
+            previous, n, block, state, mask, write_state=write_state
+        )
+        return found
     if name in ("metal", "cuda"):
         return _launcher(name).replay_verify(
             previous, n, block, state, mask, write_state=write_state

@@ -5,6 +5,16 @@ needed here is the way back. :mod:`.reference` is the rule written to be read.
 """
 
 from .array import replay, tape_of
+from .orders import ORDERS, Order, block, stepwise
 from .tape import SsmTape, concat_tapes
 
-__all__ = ["SsmTape", "concat_tapes", "replay", "tape_of"]
+__all__ = [
+    "ORDERS",
+    "Order",
+    "SsmTape",
+    "block",
+    "concat_tapes",
+    "replay",
+    "stepwise",
+    "tape_of",
+]
