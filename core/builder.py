@@ -21,7 +21,6 @@ from draftloom.contracts import (
     TargetAdapter,
     Tunable,
 )
-from draftloom.engine import EngineParts
 from draftloom.errors import UsageError
 from draftloom.estimate import MemoryEstimate, costs_of, estimate, weights_fit
 from draftloom.kernel_settings import KernelSettings
@@ -29,6 +28,7 @@ from draftloom.kv_cache import KVQuantization
 from draftloom.memory import MemorySettings
 from draftloom.mismatch import MismatchMonitor
 from draftloom.model_info import ModelInfo
+from draftloom.parts import EngineParts
 from draftloom.pipeline import Pipeline
 from draftloom.plugins import PluginManager
 from draftloom.resolver import Blueprint, Resolver

@@ -397,7 +397,8 @@ class LayerSpeculation(Protocol):
         """
 
     def abort(self) -> None:
-        """Put the entry back as it was before `begin`. May follow a commit."""
+        """Put the entry back as it was before `begin`. May follow a commit. Of two speculations of
+        one token each, the later is aborted first."""
 
 
 class CacheRollback(Protocol):

@@ -6,14 +6,15 @@ the logits predicts the token after position i of that block. The last token of 
 handled by the same cycle with K = 0, so that there is one path for all tokens.
 
 A cycle blocks on the device once, in `Engine._read`. The next draft is launched before the
-tokens just read are handed out, so that the device works while the host makes text of them.
+tokens just read are handed out, so that the device works while the host makes text of them; a
+plain cycle that follows a plain cycle is launched whole, before the read (`draftloom.lookahead`).
 """
 
 from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import attrs
@@ -21,17 +22,13 @@ import mlx.core as mx
 
 from draftloom.contracts import (
     AcceptancePolicy,
-    CycleNode,
+    CacheKind,
     Draft,
-    Drafter,
     DraftRequest,
     Preserves,
     Resolvable,
     Speculation,
-    TargetAdapter,
-    Verifier,
     Width,
-    WidthPolicy,
 )
 from draftloom.drafting import GuardedDrafter, UnusableDraftError, one_line
 from draftloom.errors import (
@@ -49,87 +46,25 @@ from draftloom.events import (
     Outcome,
     PrefillEvent,
 )
-from draftloom.graph import Graph
-from draftloom.guard import Costs
-from draftloom.kv_cache import KVConversion, KVQuantization
+from draftloom.kv_cache import KVConversion
 from draftloom.logprobs import LogprobReader
-from draftloom.memory import MemorySettings
-from draftloom.mismatch import MismatchMonitor, park
+from draftloom.lookahead import Lookahead
+from draftloom.mismatch import park
+from draftloom.parts import EngineParts, EngineRequest
 from draftloom.processing import LogitsProcessing
-from draftloom.sampling import SamplingParams, SamplingState
+from draftloom.sampling import SamplingState
 from draftloom.watch import MemoryWatch
 
-__all__ = ["Engine", "EngineParts", "EngineRequest", "Outcome"]
+__all__ = ["Engine"]
 
 UNLIMITED_WIDTH = 2**16
 CLEAR_CACHE_TOKENS = 256
-
-
-@attrs.frozen(eq=False)
-class EngineParts:
-    """A built pipeline, as the engine sees it.
-
-    Attributes:
-        graph: the checked graph.
-        target: the loaded target.
-        drafter, verifier, acceptance, width: the components.
-        open_speculation: the rollback over all caches: (cache, block) -> Speculation.
-        nodes: the inserted nodes by node name.
-        hook: pluggy's relay, for the observing hooks.
-        kv_quantization: how key/value caches are packed; None leaves them plain.
-        monitor: listens whether drafter and target belong together, over all generations.
-        memory: the limit, and prompt tokens run at once.
-        costs: what a generation will need; None where that is not known.
-    """
-
-    graph: Graph
-    target: TargetAdapter
-    drafter: Drafter
-    verifier: Verifier
-    acceptance: AcceptancePolicy
-    width: WidthPolicy
-    open_speculation: Callable[[list[Any], mx.array], Speculation]
-    nodes: Mapping[str, CycleNode]
-    hook: Any
-    monitor: MismatchMonitor
-    kv_quantization: KVQuantization | None = None
-    memory: MemorySettings = attrs.Factory(MemorySettings)
-    costs: Callable[[], Costs | None] = lambda: None
-
-
-@attrs.frozen(eq=False)
-class EngineRequest:
-    """One generation.
-
-    Attributes:
-        prompt: token ids, at least one.
-        max_tokens: tokens to generate, at least one; None is up to the context limit.
-        sampling: parameters.
-        eos_token_ids: tokens that end the text.
-        prefill_chunk: prompt tokens run at once; None is what the pipeline says.
-        cache: caches to go on with (they hold what came before the prompt); None makes new ones.
-        cancelled: polled once a cycle; True ends the text there.
-        on_prefill: told (tokens done, tokens of the prompt) after every chunk.
-        logprobs: give each token's log-probability, and this many of the most likely tokens;
-            None gives none.
-    """
-
-    prompt: tuple[int, ...]
-    max_tokens: int | None
-    sampling: SamplingParams
-    eos_token_ids: frozenset[int] = frozenset()
-    prefill_chunk: int | None = None
-    cache: list[Any] | None = None
-    cancelled: Callable[[], bool] | None = None
-    on_prefill: Callable[[int, int], None] | None = None
-    logprobs: int | None = None
 
 
 class Engine:
     """Runs one generation of a pipeline. B = 1; every array carries the batch axis.
 
     Attributes:
-        cache: the target's caches.
         stats: counts so far.
         sampling: sampling state, with the seed in use.
         acceptance: the policy that serves this request.
@@ -145,12 +80,12 @@ class Engine:
         if request.logprobs is not None:
             self._scores = LogprobReader(request.logprobs, self._vocab_size)
         self.acceptance = self._policy()
-        self.cache = parts.target.make_cache() if request.cache is None else request.cache
-        self._conversion = KVConversion(parts.kv_quantization, self.cache)
+        self._cache = parts.target.make_cache() if request.cache is None else request.cache
+        self._conversion = KVConversion(parts.kv_quantization, self._cache)
         self.stats = GenerationStats(
             prompt_tokens=len(request.prompt), mismatch=parts.monitor.message
         )
-        self._past = max((getattr(entry, "offset", 0) for entry in self.cache), default=0)
+        self._past = max((getattr(entry, "offset", 0) for entry in self._cache), default=0)
         self._limit = self._token_limit()
         self._emitted: list[int] = []
         self._passed = 0  # draft tokens of the last pass, whoever stood by them
@@ -158,14 +93,34 @@ class Engine:
         widest = parts.drafter.info.max_width
         self._max_width = UNLIMITED_WIDTH if widest is None else widest
         self._plan = parts.graph.compile(self._calls())
+        self._ahead = Lookahead(parts.graph.compile(self._calls()), self.sampling)
+        self._overlaps = self._may_overlap()
+        self._chosen: Width | None = None
         self._drafter = GuardedDrafter(parts.drafter, self._vocab_size, self.stats)
-        self._watch = MemoryWatch(parts, self.cache, self._conversion, self._drafter)
+        self._watch = MemoryWatch(parts, self._cache, self._conversion, self._drafter)
         self._watch.prepare(request.prefill_chunk, self._cancelled, request.on_prefill)
-        self._speculation: Speculation | None = None
         self._anchor = request.prompt[-1]
         self._clock = time.perf_counter()
         self._last: CycleEvent | None = None
         self._finished = False
+
+    @property
+    def cache(self) -> list[Any]:
+        """The target's caches. They hold what was handed out: a cycle in flight is taken back."""
+        self._ahead.drop()
+        return self._cache
+
+    def _may_overlap(self) -> bool:
+        """Whether a plain cycle can be launched before the last one is read: nothing of it needs
+        the token on the host, and both can be taken back. A full sliding window has given up the
+        row that going back over two tokens would need."""
+        parts = self._parts
+        return not (
+            parts.nodes
+            or parts.kv_quantization
+            or self._processing.reads_text
+            or CacheKind.SLIDING_WINDOW in parts.target.info.cache_kinds
+        )
 
     def _policy(self) -> AcceptancePolicy:
         policy, params = self._parts.acceptance, self._request.sampling
@@ -246,6 +201,8 @@ class Engine:
             failure = FailureEvent(str(error), self.stats.generated_tokens)
             self._parts.hook.generation_failed(event=failure)
             raise
+        finally:
+            self._ahead.drop()
         self.finish()
 
     def cut(self, kept_tokens: int) -> None:
@@ -254,15 +211,17 @@ class Engine:
         Args:
             kept_tokens: tokens of the last event that were emitted.
         """
-        if self._last is None or self._speculation is None:
+        speculation = self._speculation
+        if self._last is None or speculation is None:
             return
+        self._ahead.drop()
         dropped = len(self._last.token_ids) - kept_tokens
         if dropped > 0:
             if kept_tokens:
-                self._speculation.commit((kept_tokens - 1,))
+                speculation.commit((kept_tokens - 1,))
                 self._anchor = self._last.token_ids[kept_tokens - 1]
             else:
-                self._speculation.abort()
+                speculation.abort()
             self.stats.generated_tokens -= dropped
             self.stats.committed -= dropped if self._last.index else 0
 
@@ -274,12 +233,13 @@ class Engine:
         self._conversion.before_pass()
         self._parts.target.forward(mx.array([[self._anchor]], dtype=mx.int32), self.cache)
         self._conversion.settle()
-        mx.eval([entry.state for entry in self.cache])
+        mx.eval([entry.state for entry in self._cache])
 
     def finish(self) -> None:
         """Say once that the generation has ended."""
         if not self._finished:
             self._finished = True
+            self._ahead.drop()
             self._conversion.settle()
             self.stats.memory = self._watch.report()
             self._parts.hook.generation_finished(event=self.stats)
@@ -302,11 +262,12 @@ class Engine:
 
     def _cycle(self, index: int) -> CycleEvent:
         """Verify what is on the draft port, settle, and say what happened."""
-        plan = self._plan
+        launched = self._ahead.launched
+        plan = self._plan = self._ahead.take(self._plan)
         draft: Draft = plan.get("draft")
         self._passed = draft.width
         try:
-            self._attempt()
+            self._attempt(launched=launched)
         except BaseException as error:
             self._abort()
             if isinstance(error, GenerationError) or not isinstance(error, Exception):
@@ -331,10 +292,17 @@ class Engine:
             logprobs=outcome.logprobs,
         )
 
-    def _attempt(self) -> None:
-        self._speculation = None
-        for step in self._plan.verify:
-            step()
+    @property
+    def _speculation(self) -> Speculation | None:
+        """Of the last cycle that was begun; None where that did not get so far."""
+        speculation: Speculation | None = self._plan.get("speculation")
+        return speculation
+
+    def _attempt(self, *, launched: bool = False) -> None:
+        if not launched:
+            self._plan.set("speculation", None)
+            for step in self._plan.verify:
+                step()
         self._watch.weigh(self._speculation)
         for step in self._plan.settle:
             step()
@@ -373,6 +341,8 @@ class Engine:
     def _launch_draft(self) -> GenerationError | None:
         """Start the next draft on the device; it runs while the host makes text."""
         plan = self._plan
+        if self._ahead.launched:
+            return None
         try:
             for step in plan.propose:
                 step()
@@ -411,7 +381,7 @@ class Engine:
     def _calls(self) -> dict[str, Callable[..., Any]]:
         parts, policy = self._parts, self.acceptance
         return {
-            "width": lambda: parts.width.choose(self._max_width),
+            "width": self._width,
             "draft": self._draft,
             "speculate": self._speculate,
             "verify": lambda block, spec: parts.verifier.verify(parts.target, block, spec),
@@ -423,6 +393,24 @@ class Engine:
             **parts.nodes,
         }
 
+    def _width(self) -> Width:
+        chosen, self._chosen = self._chosen, None
+        return self._parts.width.choose(self._max_width) if chosen is None else chosen
+
+    def _look_ahead(self) -> None:
+        """Between launching a plain cycle's read and waiting for it: launch the next one, if that
+        is a plain one too."""
+        if self._passed or not self._overlaps or self.stats.generated_tokens + 2 > self._limit:
+            return
+        try:
+            self._chosen = self._parts.width.choose(self._max_width)
+        except Exception:  # noqa: BLE001 it is asked again after the read, and raises there
+            return
+        if min(self._chosen) > 0 and self._drafter.alive:
+            return
+        self._chosen = None
+        self._ahead.launch(self._plan)
+
     def _draft(self, anchor: mx.array, width: Width) -> Draft:
         room = self._limit - self.stats.generated_tokens
         verify = min(width.verify, room - 1, self._conversion.room)
@@ -433,8 +421,7 @@ class Engine:
         block = anchor[:, None]
         if draft.width:
             block = mx.concatenate([block, draft.tokens], axis=1)
-        self._speculation = self._parts.open_speculation(self.cache, block)
-        return block, self._speculation
+        return block, self._parts.open_speculation(self._cache, block)
 
     def _read(
         self, draft: Draft, logits: mx.array, num_accepted: mx.array, next_token: mx.array
@@ -451,6 +438,9 @@ class Engine:
         packed = mx.concatenate(columns, axis=1)
         if self._scores is not None:
             scores = self._scores.lazy(logits, draft.tokens, num_accepted, next_token)
+        mx.async_eval(packed, *scores)  # before the next pass, or the read would wait for that
+        self._look_ahead()
+        if scores:
             mx.eval(packed, *scores)
         row: list[int] = packed.tolist()[0]  # type: ignore
         accepted, following, drafted = row[0], row[1], tuple(row[4 : 4 + width])
@@ -485,9 +475,11 @@ class Engine:
         return Outcome(accepted, len(tokens) - 1, tokens, (self._anchor, *tokens[:-1]), reason)
 
     def _roll_back(self, speculation: Speculation, outcome: Outcome) -> None:
+        if outcome.finish_reason is not None:
+            self._ahead.drop()
         if outcome.kept is None:
             speculation.abort()
-        else:
+        elif not self._ahead.launched:  # else it has committed already
             speculation.commit((outcome.kept,))
 
     def _observe(self, outcome: Outcome, features: mx.array | None) -> None:
@@ -495,6 +487,7 @@ class Engine:
             self._drafter.observe(outcome.committed, features)
 
     def _abort(self) -> None:
+        self._ahead.drop()
         if self._speculation is not None:
             self._speculation.abort()
 

@@ -32,8 +32,8 @@ OUTCOME = Port("outcome", "Outcome (host)")
 STATE_PORTS = (ANCHOR,)
 """Ports whose value comes from the cycle before."""
 
-FIRST_VERIFY, LAST_VERIFY = "speculate", "read"
-"""The bounds of the middle stage. What comes before proposes, what follows settles."""
+FIRST_VERIFY, FIRST_SETTLE = "speculate", "read"
+"""Where the second and the third stage begin. Up to the read nothing waits for the device."""
 
 
 @attrs.frozen
@@ -220,7 +220,7 @@ class Graph:
         for port in (*STATE_PORTS, *(p for n in self.nodes for p in (*n.inputs, *n.outputs))):
             slots.setdefault(port.name, len(slots))
         frame: list[Any] = [None] * len(slots)
-        first, last = self.names.index(FIRST_VERIFY), self.names.index(LAST_VERIFY)
+        first, last = self.names.index(FIRST_VERIFY), self.names.index(FIRST_SETTLE)
 
         def step(node: Node) -> Callable[[], None]:
             reads = [slots[port.name] for port in node.inputs]
@@ -228,8 +228,8 @@ class Graph:
             return _step(frame, calls[node.name], reads, writes)
 
         steps = [step(node) for node in self.nodes]
-        propose, verify = tuple(steps[:first]), tuple(steps[first : last + 1])
-        return Plan(frame, slots, propose, verify, tuple(steps[last + 1 :]))
+        propose, verify = tuple(steps[:first]), tuple(steps[first:last])
+        return Plan(frame, slots, propose, verify, tuple(steps[last:]))
 
 
 def _type_problem(node: Node, port: Port, types: Mapping[str, str]) -> list[Problem]:
@@ -272,8 +272,8 @@ class Plan:
         frame: the values, by slot.
         slots: slot of each port.
         propose: calls up to the draft and its filters.
-        verify: calls up to the blocking read.
-        settle: calls after it.
+        verify: calls up to the blocking read; none waits for the device.
+        settle: the read and the calls after it.
     """
 
     frame: list[Any]

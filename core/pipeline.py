@@ -9,10 +9,11 @@ import attrs
 from mlx_lm.generate import wired_limit
 
 from draftloom.contracts import CycleNode, TargetInfo
-from draftloom.engine import Engine, EngineParts, EngineRequest
+from draftloom.engine import Engine
 from draftloom.errors import UsageError
 from draftloom.events import CycleEvent, FinishReason, GenerationStats, TokenLogprob
 from draftloom.graph import Graph
+from draftloom.parts import EngineParts, EngineRequest
 from draftloom.sampling import LogitsProcessor, SamplingParams
 from draftloom.spec import PipelineSpec
 from draftloom.text import TextStream

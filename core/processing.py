@@ -70,6 +70,11 @@ class LogitsProcessing:
         return logits
 
     @property
+    def reads_text(self) -> bool:
+        """Whether rows are processed by the tokens of the text, which the host must know."""
+        return bool(self._params.logits_processors) or any(self._params.penalties().values())
+
+    @property
     def dead(self) -> mx.array | None:
         """[K+1] bool, where the user's processors left no token that may come; None without them.
         Lazy, and of the last call."""

@@ -243,6 +243,14 @@ class SamplingState:
         self._accept, key = mx.random.split(self._accept)
         return key
 
+    def mark(self) -> object:
+        """Where both streams are, for `rewind`."""
+        return self._draft, self._accept
+
+    def rewind(self, mark: object) -> None:
+        """Go back to a mark: the keys given since will be given again."""
+        self._draft, self._accept = mark  # type: ignore[misc]
+
 
 def log_probs(logits: mx.array) -> mx.array:
     """Log-probabilities [..., V] in the logits' type, in mlx-lm's own order of operations.

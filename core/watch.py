@@ -17,7 +17,7 @@ from draftloom.prefill import Prefill
 from draftloom.recording import RecordingEntry
 
 if TYPE_CHECKING:
-    from draftloom.engine import EngineParts
+    from draftloom.parts import EngineParts
 
 __all__ = ["MemoryWatch"]
 

@@ -302,7 +302,27 @@ def test_nothing_is_read_before_the_next_draft_is_launched(waits: Waits) -> None
         order.clear()
         for _ in range(3):
             next(stream)
-            # The scripted drafter lists the anchor, which is there already.
-            assert order[0] == "tolist"
+            # The read is launched and waited for; then the scripted drafter lists the anchor,
+            # which is there already.
+            waiting = [name for name in order if name != "launch"]
+            assert waiting == ["tolist", "tolist"]
             assert order[-1] == "launch", "before the chunk is handed out"
             order.clear()
+
+
+def test_a_plain_cycle_is_launched_before_the_last_one_is_read(waits: Waits) -> None:
+    order: list[str] = []
+    launched, read = waits.launched, waits.read
+    waits.launched = lambda values: (order.append("launch"), launched(values))[1]  # type: ignore
+    waits.read = lambda name, array, call: (  # type: ignore[method-assign]
+        order.append(name),
+        read(name, array, call),
+    )[1]
+    with pipeline_of() as pipeline:
+        stream = pipeline.stream(PROMPT, max_tokens=COUNT)
+        next(stream)
+        for _ in range(3):
+            order.clear()
+            next(stream)
+            assert order.count("tolist") == 1
+            assert order[-1] == "tolist", "nothing is left to launch after the wait"
