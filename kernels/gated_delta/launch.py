@@ -1,12 +1,13 @@
 """Builds, caches and launches the kernels of :mod:`.source` for one backend."""
 
-import hashlib
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 import attrs
 import mlx.core as mx
+
+from draftloom.kernels.backend import Backend
 
 from .source import Variant
 from .tape import Tape
@@ -114,41 +115,6 @@ def geometry_for(key_size: int, memory: int) -> Geometry:
         if tried.threadgroup_bytes(key_size) <= memory:
             return tried
     return Geometry(tile=8)
-
-
-@attrs.frozen(cache_hash=True)
-class Backend:
-    """A compiler of kernels.
-
-    Attributes:
-        name: "metal" or "cuda".
-        build: ``mx.fast.metal_kernel`` or ``mx.fast.cuda_kernel``.
-        prelude: the header handed over with every body.
-        memory: threadgroup memory a kernel may use, bytes.
-    """
-
-    name: str
-    build: Callable[..., Any]
-    prelude: str
-    memory: int = 32 * 1024
-
-    def kernel(
-        self, variant: Variant, dtypes: tuple[mx.Dtype, ...]
-    ) -> Callable[..., list[mx.array]]:
-        """The kernel of a variant for inputs of these dtypes; MLX compiles it at its first launch.
-
-        MLX's CUDA backend tells compiled kernels apart, in memory and on disk, by their name and
-        template values alone. So the name holds a digest of all that the code depends on.
-        """
-        text = "\n".join([self.prelude, variant.source, *map(str, dtypes)])
-        digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-        return self.build(
-            name=f"{variant.name}_{digest}",
-            input_names=variant.inputs,
-            output_names=variant.outputs,
-            source=variant.source,
-            header=self.prelude,
-        )
 
 
 @attrs.frozen

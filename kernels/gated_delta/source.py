@@ -19,6 +19,8 @@ threadgroup_barrier, and the position attributes.
 
 import attrs
 
+from draftloom.kernels.backend import CUDA_BUILTINS
+
 __all__ = ["CUDA_PRELUDE", "METAL_PRELUDE", "Variant"]
 
 METAL_PRELUDE = """
@@ -60,14 +62,10 @@ inline float advance(float state, float decay, float key, float delta) {
 }
 """
 
-CUDA_PRELUDE = """
-#define thread_index_in_simdgroup (threadIdx.x & 31)
-#define simdgroup_index_in_threadgroup ((threadIdx.y * blockDim.x + threadIdx.x) >> 5)
-#define threadgroup_position_in_grid blockIdx
-#define threadgroup __shared__ __align__(16)
-#define threadgroup_barrier(flags) __syncthreads()
+CUDA_PRELUDE = (
+    CUDA_BUILTINS
+    + """
 #define UNROLL_TOKENS _Pragma("unroll UNROLL")
-#define simd_shuffle_xor(value, bit) __shfl_xor_sync(0xffffffffu, value, bit)
 
 template <typename T>
 __device__ __forceinline__ bool wide4(const T* from) {
@@ -147,6 +145,7 @@ __device__ __forceinline__ float advance(float state, float decay, float key, fl
   return __fmaf_rn(key, delta, __fmul_rn(state, decay));
 }
 """
+)
 
 _SETUP = """
   constexpr int PER_LANE = Dk / LANES;

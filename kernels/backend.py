@@ -1,0 +1,77 @@
+"""What compiles a kernel: one body, two compilers, and the words that make the one the other."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import attrs
+import mlx.core as mx
+
+__all__ = ["CUDA_BUILTINS", "Backend", "KernelSource"]
+
+CUDA_BUILTINS = """
+#define thread_index_in_simdgroup (threadIdx.x & 31)
+#define simdgroup_index_in_threadgroup ((threadIdx.y * blockDim.x + threadIdx.x) >> 5)
+#define threadgroup_position_in_grid blockIdx
+#define threadgroup __shared__ __align__(16)
+#define threadgroup_barrier(flags) __syncthreads()
+#define simd_shuffle_xor(value, bit) __shfl_xor_sync(0xffffffffu, value, bit)
+"""
+"""Metal's words in CUDA, for threadgroups of 32 x SIMDS threads."""
+
+
+class KernelSource(Protocol):
+    """A body and what it is handed."""
+
+    @property
+    def name(self) -> str:
+        """A name for the kernel, unique to the variant."""
+
+    @property
+    def inputs(self) -> list[str]:
+        """Names of the inputs, in order."""
+
+    @property
+    def outputs(self) -> list[str]:
+        """Names of the outputs, in order."""
+
+    @property
+    def source(self) -> str:
+        """The body, as handed to MLX for either backend."""
+
+
+@attrs.frozen(cache_hash=True)
+class Backend:
+    """A compiler of kernels.
+
+    Attributes:
+        name: "metal" or "cuda".
+        build: ``mx.fast.metal_kernel`` or ``mx.fast.cuda_kernel``.
+        prelude: the header handed over with every body.
+        memory: threadgroup memory a kernel may use, bytes.
+    """
+
+    name: str
+    build: Callable[..., Any]
+    prelude: str
+    memory: int = 32 * 1024
+
+    def kernel(
+        self, variant: KernelSource, dtypes: tuple[mx.Dtype, ...]
+    ) -> Callable[..., list[mx.array]]:
+        """The kernel of a variant for inputs of these dtypes; MLX compiles it at its first launch.
+
+        MLX's CUDA backend tells compiled kernels apart, in memory and on disk, by their name and
+        template values alone. So the name holds a digest of all that the code depends on.
+        """
+        text = "\n".join([self.prelude, variant.source, *map(str, dtypes)])
+        digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+        return self.build(
+            name=f"{variant.name}_{digest}",
+            input_names=variant.inputs,
+            output_names=variant.outputs,
+            source=variant.source,
+            header=self.prelude,
+        )
