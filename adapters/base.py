@@ -20,9 +20,11 @@ from mlx_lm.utils import _get_classes
 
 from draftloom.contracts import CacheKind, TargetInfo, TargetOutput
 from draftloom.errors import ModelError, UnsupportedModelError, UsageError
+from draftloom.kernel_settings import KernelSettings
 from draftloom.model_info import ModelInfo
 
 from .attention_module import AttentionLayers
+from .packed import PackedModel
 from .taps import LayerTaps
 
 __all__ = [
@@ -148,6 +150,7 @@ class MlxLmAdapter:
 
     Attributes:
         attention: the attention modules that can be stood in for; mlx-lm's own run until some are.
+        packed: the projections that can run as one product; apart until `tune` says otherwise.
     """
 
     def __init__(self, model: nn.Module, info: TargetInfo) -> None:
@@ -156,6 +159,11 @@ class MlxLmAdapter:
         self._text = language_model(model)
         self._taps = LayerTaps(self._text.model.layers)
         self.attention = AttentionLayers(self._text.model.layers, info.name)
+        self.packed = PackedModel(model)
+
+    def tune(self, settings: KernelSettings) -> None:
+        """Pack projections as the settings say."""
+        self.packed.tune(settings)
 
     def tap(self, layers: Sequence[int]) -> None:
         """Choose the layers whose outputs are returned as features.
@@ -188,6 +196,7 @@ class MlxLmAdapter:
         return make_prompt_cache(self.model)
 
     def close(self) -> None:
-        """Put every replaced layer and attention module back."""
+        """Put every replaced layer, attention module and projection back."""
         self._taps.clear()
         self.attention.restore()
+        self.packed.restore()

@@ -47,7 +47,8 @@ class RecurrentAdapter(WholeModelAdapter):
             layer[name] = stand(layer[name])
 
     def tune(self, settings: KernelSettings) -> None:
-        """Choose the kernels of the recurrent layers."""
+        """Choose the kernels of the recurrent layers; pack projections."""
+        super().tune(settings)
         for layer, _ in self._mixers:
             layer[self._name].tune(settings)
 

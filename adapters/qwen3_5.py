@@ -47,7 +47,8 @@ class HybridAdapter(MlxLmAdapter):
             layer.linear_attn = RecordingMixer(mixer, _PROJECTIONS[type(mixer)])
 
     def tune(self, settings: KernelSettings) -> None:
-        """Choose the kernels of the gated-delta layers."""
+        """Choose the kernels of the gated-delta layers; pack projections."""
+        super().tune(settings)
         for layer, _ in self._mixers:
             layer.linear_attn.tune(settings)
 

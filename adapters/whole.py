@@ -11,11 +11,13 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from draftloom.contracts import TargetInfo, TargetOutput
 from draftloom.errors import UnsupportedModelError, UsageError
+from draftloom.kernel_settings import KernelSettings
 from draftloom.kv_cache import KVQuantization
 from draftloom.model_info import ModelInfo
 
 from .attention_module import AttentionLayers
 from .base import cache_kind, make_skeleton, sketch
+from .packed import PackedModel
 from .parts import Parts
 from .quantized_kv import why_not_quantized_kv
 from .taps import LayerTaps, TapLayer
@@ -108,6 +110,7 @@ class WholeModelAdapter:
 
     Attributes:
         attention: the attention modules that can be stood in for; mlx-lm's own run until some are.
+        packed: the projections that can run as one product; apart until `tune` says otherwise.
     """
 
     def __init__(self, model: nn.Module, info: TargetInfo) -> None:
@@ -122,6 +125,7 @@ class WholeModelAdapter:
         self._parts = Parts.of(model) if info.can_tap else None
         self._taps = None if self._parts is None else _Taps(self._parts.layers)
         self.attention = AttentionLayers(getattr(model, "layers", ()), info.name)
+        self.packed = PackedModel(model)
 
     @classmethod
     def sketch(cls, model: ModelInfo, dtype: mx.Dtype) -> tuple[Callable[..., Any], list[Any]]:
@@ -132,6 +136,10 @@ class WholeModelAdapter:
     def why_not_quantized_kv(cls, model: ModelInfo, settings: KVQuantization) -> str:
         """Why the caches of a model cannot be packed so; empty where they can."""
         return why_not_quantized_kv(model, settings)
+
+    def tune(self, settings: KernelSettings) -> None:
+        """Pack projections as the settings say."""
+        self.packed.tune(settings)
 
     def tap(self, layers: Sequence[int]) -> None:
         """Choose the layers whose outputs are returned as features.
@@ -169,10 +177,11 @@ class WholeModelAdapter:
         return make_prompt_cache(self.model)
 
     def close(self) -> None:
-        """Put every replaced layer and attention module back."""
+        """Put every replaced layer, attention module and projection back."""
         if self._taps is not None:
             self._taps.clear()
         self.attention.restore()
+        self.packed.restore()
 
     def _refuse(self) -> UsageError:
         reason = self.info.why_no_taps

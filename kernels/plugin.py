@@ -8,11 +8,17 @@ from draftloom.hookspecs import Register, hookimpl
 __all__ = ["register_kernels"]
 
 _GATED_DELTA = "draftloom.kernels.gated_delta"
+_PACKED = "draftloom.kernels.packed_projections"
 _KERNELS = (
     ("gated-delta/array", _GATED_DELTA, "token by token, in mlx-lm's order of operations"),
     ("gated-delta/chunked", _GATED_DELTA, "a chunk of tokens at a time, differentiable"),
     ("gated-delta/cuda", _GATED_DELTA, "one launch a block, CUDA"),
     ("gated-delta/metal", _GATED_DELTA, "one launch a block, Metal"),
+    ("packed-projections/packed", _PACKED, "every kind of place as one product"),
+    ("packed-projections/attention", _PACKED, "queries, keys and values as one product"),
+    ("packed-projections/gated-delta", _PACKED, "inputs of gated-delta layers as one product"),
+    ("packed-projections/mlp", _PACKED, "gate and up as one product"),
+    ("packed-projections/measure", _PACKED, "the kinds that are faster here, timed on load"),
     ("ssm/stepwise", "draftloom.kernels.ssm", "Mamba-2 verifies token by token, as it decodes"),
     ("ssm/block", "draftloom.kernels.ssm", "Mamba-2 verifies a block at once, as mlx-lm does"),
 )

@@ -1,0 +1,174 @@
+"""Projections of a model that run as one matrix product, without a forward written again.
+
+Layers that read one input (q, k and v; gate and up) get stand-ins. The first of them that is called
+with an input runs the product for all and keeps the rest for the others, which mlx-lm calls with
+the very same array. Whatever the order, a stand-in gives what its own layer gives.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import llama, qwen2, qwen3, qwen3_moe
+from mlx_lm.models.qwen3_5 import GatedDeltaNet
+from mlx_lm.models.qwen3_next import Qwen3NextAttention, Qwen3NextGatedDeltaNet, Qwen3NextMLP
+
+from draftloom.kernel_settings import AUTO, OFF, KernelSettings
+from draftloom.kernels.packed_projections import (
+    Decision,
+    OneProduct,
+    decide,
+    pays,
+    why_not,
+)
+
+__all__ = ["OPERATION", "SITES", "PackedModel"]
+
+OPERATION = "packed-projections"
+_QKV = ("attention", ("q_proj", "k_proj", "v_proj"))
+_GATE_UP = ("mlp", ("gate_proj", "up_proj"))
+SITES: dict[type, tuple[str, tuple[str, ...]]] = {
+    GatedDeltaNet: ("gated-delta", ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")),
+    Qwen3NextGatedDeltaNet: ("gated-delta", ("in_proj_qkvz", "in_proj_ba")),
+    Qwen3NextAttention: _QKV,
+    llama.Attention: _QKV,
+    qwen2.Attention: _QKV,
+    qwen3.Attention: _QKV,
+    qwen3_moe.Attention: _QKV,
+    Qwen3NextMLP: _GATE_UP,
+    llama.MLP: _GATE_UP,
+    qwen2.MLP: _GATE_UP,
+    qwen3.MLP: _GATE_UP,
+    qwen3_moe.MLP: _GATE_UP,
+}
+"""For exactly these classes: what kind of place it is, and which of its layers read one input."""
+
+_log = logging.getLogger("draftloom.kernels")
+
+
+class _Results:
+    """What the product gave of the last input, until every layer has taken its part."""
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        self.product = OneProduct(layers)
+        self._layers = list(layers)
+        self._input: mx.array | None = None
+        self._parts: list[mx.array | None] = []
+
+    def take(self, index: int, x: mx.array) -> mx.array:
+        """What layer `index` gives of x."""
+        if self._input is not x or self._parts[index] is None:
+            if not self.product.current:  # somebody gave a layer other weights
+                alone: mx.array = self._layers[index](x)
+                return alone
+            self._input = x
+            self._parts = [*self.product(x)]
+        part = self._parts[index]
+        assert part is not None
+        self._parts[index] = None
+        if all(other is None for other in self._parts):
+            self._input = None
+        return part
+
+
+class _Part(nn.Module):
+    """Stands in for a linear layer that is run with others."""
+
+    def __init__(self, linear: nn.Module, results: _Results, index: int) -> None:
+        super().__init__()
+        self.linear = linear
+        # Not through nn.Module's own setattr, which would look for parameters in them.
+        object.__setattr__(self, "_results", results)
+        object.__setattr__(self, "_index", index)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self._results.take(self._index, x)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "linear" not in self:  # before the constructor has run
+                raise
+            return getattr(self["linear"], name)
+
+
+class PackedModel:
+    """The places of a model whose layers can run as one product, and what was made of them.
+
+    Args:
+        model: loaded. Nothing is changed before `tune`.
+
+    Attributes:
+        decision: what was packed, and why; None before `tune`.
+        refused: why a place was left as it is, by the place's path.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._replaced: list[tuple[Any, str, nn.Module]] = []
+        self._products: list[OneProduct] = []
+        self.decision: Decision | None = None
+        self.refused: dict[str, str] = {}
+
+    def tune(self, settings: KernelSettings) -> None:
+        """Pack what the settings say; what was packed before is undone first."""
+        self.restore()
+        choice = settings.choice(OPERATION)
+        if choice == OFF or (choice == AUTO and not pays(OPERATION)):
+            return
+        places = list(self._places())
+        groups: dict[str, list[list[Any]]] = {}
+        for kind, owner, names in places:
+            groups.setdefault(kind, []).append([owner[name] for name in names])
+        self.decision = decide(OPERATION, settings.use(OPERATION, off=OFF), groups)
+        for kind, owner, names in places:
+            if kind in self.decision.kinds:
+                self._pack(owner, names)
+        if choice != AUTO and not groups:
+            reasons = sorted(set(self.refused.values())) or ["no place of a known class"]
+            _log.warning("%s: nothing can be packed: %s", OPERATION, "; ".join(reasons))
+
+    def restore(self) -> None:
+        """Put every layer back. Values stay what they are: the layers keep slices of the products'
+        weights."""
+        for owner, name, linear in self._replaced:
+            owner[name] = linear
+        for product in self._products:
+            product.release()
+        self._replaced.clear()
+        self._products.clear()
+        self.decision = None
+
+    def _places(self) -> Iterator[tuple[str, Any, tuple[str, ...]]]:
+        """Places that can be packed: their kind, their module, and its layers' names."""
+        self.refused.clear()
+        for path, module in self._model.named_modules():
+            site = SITES.get(type(module))
+            if site is None:
+                continue
+            kind, names = site
+            owner: Any = module
+            if getattr(owner, "sharding_group", None) is not None:
+                reason: str | None = "it is sharded over processes"
+            else:
+                reason = why_not({name: owner[name] for name in names})
+            if reason is None:
+                yield kind, owner, names
+            else:
+                self.refused[path] = reason
+                _log.info("%s: %s is left as it is: %s", OPERATION, path, reason)
+
+    def _pack(self, owner: Any, names: Sequence[str]) -> None:
+        """Memory of the old weights goes as the new ones come, one place after the other."""
+        layers = [owner[name] for name in names]
+        results = _Results(layers)
+        results.product.adopt()
+        self._products.append(results.product)
+        for index, (name, layer) in enumerate(zip(names, layers, strict=True)):
+            owner[name] = _Part(layer, results, index)
+            self._replaced.append((owner, name, layer))
