@@ -6,7 +6,6 @@ and suffixes, never by looking for one name inside another.
 
 from __future__ import annotations
 
-import os
 import tomllib
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -17,6 +16,7 @@ import attrs
 
 from draftloom.errors import ModelError, did_you_mean
 from draftloom.spec import ComponentSpec
+from draftloom.user_files import user_folder
 
 __all__ = ["PACKAGE_FILE", "Pair", "Registry", "user_file"]
 
@@ -28,9 +28,7 @@ TABLE_KEYS = {"owners", "suffixes"}
 
 def user_file() -> Path:
     """Where a user's own pairs are: ``draftloom/pairs.toml`` in XDG_CONFIG_HOME or ~/.config."""
-    base = os.environ.get("XDG_CONFIG_HOME", "")
-    root = Path(base) if os.path.isabs(base) else Path("~/.config").expanduser()
-    return root / "draftloom" / "pairs.toml"
+    return user_folder() / "pairs.toml"
 
 
 @attrs.frozen

@@ -22,7 +22,7 @@ def register_kernels(register: Register) -> None:
     """How verify sees a key/value cache."""
     name = "fixed-length-caches/allocated"
     summary = "key/value caches at their allocated length, with a mask; off: the valid rows"
-    register(name, "draftloom.caches.fixed_length:FixedLengthEntry", ComponentInfo(name, summary))
+    register(name, "draftloom.caches.fixed_length", ComponentInfo(name, summary))
 
 
 @hookimpl(trylast=True)

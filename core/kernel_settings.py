@@ -12,12 +12,23 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from draftloom.builtins import BUILTIN_PLUGINS
 from draftloom.errors import Problem, UsageError, did_you_mean
+from draftloom.self_test_record import SelfTestRecord
 
 if TYPE_CHECKING:
+    from draftloom.contracts import TargetInfo
     from draftloom.plugins import PluginManager
 
-__all__ = ["AUTO", "OFF", "KernelSettings", "operations", "resolve_kernels"]
+__all__ = [
+    "AUTO",
+    "OFF",
+    "Implementation",
+    "KernelSettings",
+    "implementations",
+    "operations",
+    "resolve_kernels",
+]
 
 AUTO, OFF = "auto", "off"
 
@@ -38,10 +49,12 @@ class KernelSettings:
         choices: pairs (operation, choice), sorted; what is ``auto`` is left out.
         plugins: pairs (operation, implementation object) of the choices that a third party's
             plugin registered; filled in when a pipeline is checked.
+        notes: what the self-test turned off, in words; filled in then as well.
     """
 
     choices: tuple[tuple[str, str], ...] = attrs.field(default=(), converter=_pairs)
     plugins: tuple[tuple[str, Any], ...] = attrs.field(default=(), eq=False, repr=False)
+    notes: tuple[str, ...] = attrs.field(default=(), eq=False, repr=False)
 
     @classmethod
     def of(cls, value: Any) -> KernelSettings:
@@ -105,6 +118,66 @@ class KernelSettings:
         return ", ".join(f"{op} {choice}" for op, choice in self.choices) or AUTO
 
 
+@attrs.frozen
+class Implementation:
+    """What is known of a registered implementation.
+
+    Attributes:
+        operation, name: ``operation/name`` is what it is registered as.
+        summary: one line.
+        factory: the implementation itself, as `draftloom.kernels` describes one.
+        built_in: whether it is the project's own.
+        why_not_here: why it cannot run on the default device; None where it can.
+        by_default: whether ``auto`` runs it here.
+        stock: whether it is what ``off`` means.
+    """
+
+    operation: str
+    name: str
+    summary: str
+    factory: Any
+    built_in: bool
+    why_not_here: str | None
+    by_default: bool
+    stock: bool
+
+    @property
+    def full_name(self) -> str:
+        """``operation/name``."""
+        return f"{self.operation}/{self.name}"
+
+    def why_not_for(self, target: TargetInfo) -> str | None:
+        """Why it has nothing to do in a target; None where it may have."""
+        ask = getattr(self.factory, "why_not_for", None)
+        return None if ask is None else ask(target)
+
+
+def implementations(plugins: PluginManager) -> list[Implementation]:
+    """Every registered implementation, in order of registration.
+
+    Raises:
+        PluginError: one cannot be imported.
+    """
+    return [_implementation(plugins, name) for name in plugins.names("kernel")]
+
+
+def _implementation(plugins: PluginManager, full: str) -> Implementation:
+    component = plugins.component("kernel", full)
+    factory = component.load()
+    operation, _, name = full.partition("/")
+    reason = factory.why_not_here() if hasattr(factory, "why_not_here") else None
+    return Implementation(
+        operation=operation,
+        name=name,
+        summary=component.info.summary,
+        factory=factory,
+        built_in=component.plugin in BUILTIN_PLUGINS,
+        why_not_here=reason,
+        by_default=reason is None and hasattr(factory, "by_default") and factory.by_default(),
+        stock=getattr(factory, "STOCK", False),
+    )
+
+
 def operations(plugins: PluginManager) -> dict[str, list[str]]:
     """The implementations of every registered operation, in order of registration."""
     found: dict[str, list[str]] = {}
@@ -115,18 +188,24 @@ def operations(plugins: PluginManager) -> dict[str, list[str]]:
 
 
 def resolve_kernels(
-    settings: KernelSettings, plugins: PluginManager
+    settings: KernelSettings, plugins: PluginManager, record: SelfTestRecord | None = None
 ) -> tuple[KernelSettings, list[Problem]]:
-    """Check every choice against what is registered and runs here.
+    """Check every choice against what is registered, runs here, and passed the self-test.
+
+    Args:
+        settings: as written.
+        plugins: where implementations are registered.
+        record: of the self-test; by default this user's.
 
     Returns:
-        The settings with third parties' implementations filled in, and every problem.
+        The settings with third parties' implementations filled in and what failed the self-test
+        turned off, and every problem.
 
     Raises:
         PluginError: an implementation cannot be imported.
     """
-    from draftloom.builtins import BUILTIN_PLUGINS
-
+    record = SelfTestRecord.load() if record is None else record
+    failed = {} if record is None else record.failed
     known, problems, objects = operations(plugins), [], []
     for operation, choice in settings.choices:
         if operation not in known:
@@ -140,13 +219,42 @@ def resolve_kernels(
             message = f"{operation!r} has no implementation {choice!r}"
             problems.append(Problem("kernels", message, hint))
             continue
-        component = plugins.component("kernel", f"{operation}/{choice}")
-        implementation = component.load()
-        why_not = getattr(implementation, "why_not_here", None)
-        reason = why_not() if why_not is not None else None
-        if reason is not None:
-            message = f"{operation}/{choice} cannot run here: {reason}"
+        found = _implementation(plugins, f"{operation}/{choice}")
+        if found.why_not_here is not None:
+            message = f"{found.full_name} cannot run here: {found.why_not_here}"
             problems.append(Problem("kernels", message, "choose auto or off"))
-        if component.plugin not in BUILTIN_PLUGINS:
-            objects.append((operation, implementation))
-    return attrs.evolve(settings, plugins=tuple(objects)), problems
+        elif found.full_name in failed:
+            message = f"{found.full_name} failed the self-test here: {failed[found.full_name]}"
+            hint = "choose off; `draftloom doctor --self-test` tests it again"
+            problems.append(Problem("kernels", message, hint))
+        if not found.built_in:
+            objects.append((operation, found.factory))
+    turned_off, notes = _turned_off(settings, plugins, known, failed)
+    if record is not None and record.ignored:
+        notes.append(f"the self-test's record is left aside: {record.ignored}")
+    choices = (*settings.choices, *((operation, OFF) for operation in turned_off))
+    return KernelSettings(choices, tuple(objects), tuple(notes)), problems
+
+
+def _turned_off(
+    settings: KernelSettings,
+    plugins: PluginManager,
+    known: Mapping[str, list[str]],
+    failed: Mapping[str, str],
+) -> tuple[list[str], list[str]]:
+    """Operations whose ``auto`` would run what failed, and what to say of it."""
+    turned_off: list[str] = []
+    notes = []
+    for full, reason in failed.items():
+        operation, _, name = full.partition("/")
+        if name not in known.get(operation, ()) or settings.choice(operation) != AUTO:
+            continue
+        found = _implementation(plugins, full)
+        if not found.by_default:
+            continue
+        if found.stock:
+            notes.append(f"{full} failed the self-test ({reason}) and has no replacement")
+        elif operation not in turned_off:
+            turned_off.append(operation)
+            notes.append(f"{operation} is off: {full} failed the self-test ({reason})")
+    return turned_off, notes

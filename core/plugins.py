@@ -61,7 +61,8 @@ class Component:
     Attributes:
         kind: one of `KINDS`.
         name: the registered name.
-        factory: class or function; a ``"module:attribute"`` until first used.
+        factory: class or function; a ``"module:attribute"`` until first used. A kernel may be any
+            object, and the text the name of a module that is the kernel.
         plugin: name of the plugin that registered it.
         given_info: the info given at registration.
     """
@@ -81,7 +82,9 @@ class Component:
         if isinstance(self.factory, str):
             module, _, attribute = self.factory.partition(":")
             try:
-                self.factory = getattr(importlib.import_module(module), attribute)
+                found = importlib.import_module(module)
+                whole = self.kind == "kernel" and not attribute
+                self.factory = found if whole else getattr(found, attribute)
             except (ImportError, AttributeError, TypeError, ValueError) as error:
                 raise PluginError(
                     f"plugin {self.plugin!r} names {self.factory!r} for {self.kind} "

@@ -357,6 +357,7 @@ class Resolver:
             notes += (("kv cache", str(self.spec.kv_cache)),)
         if self._kernels.choices:
             notes += (("kernels", str(self._kernels)),)
+        notes += tuple(("self-test", note) for note in self._kernels.notes)
         if not acceptance.info.lossless:
             notes += (
                 (

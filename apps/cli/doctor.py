@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import attrs
 import typer
+
+from draftloom.errors import UsageError
 
 from .memory_options import (
     ContextLengthOption,
@@ -30,7 +32,7 @@ from .options import (
 from .state import state_of
 
 if TYPE_CHECKING:
-    from draftloom.kernel_settings import KernelSettings
+    from draftloom.kernel_settings import Implementation, KernelSettings
     from draftloom.model_info import ModelInfo
     from draftloom.plugins import PluginManager
 
@@ -75,11 +77,29 @@ def doctor(
     memory_limit: MemoryLimitOption = None,
     context_length: ContextLengthOption = None,
     prefill_step_size: PrefillStepSizeOption = None,
+    self_test: Annotated[
+        bool,
+        typer.Option(
+            "--self-test",
+            help="Run all parity checks of kernels on this device, turn off what fails, and print "
+            "a report to paste into an issue.",
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Say what is installed, what runs here, which kernels a target would use, and why, and how
     much memory each part would take at a context length. Loads no weights."""
     plugins = state_of(context).plugins
+    if self_test:
+        from .self_test import self_test as run
+
+        given = (target, drafter, dtype, kernel, kv_bits, kv_group_size, quantized_kv_start)
+        if any(given) or memory_limit or context_length or prefill_step_size:
+            raise UsageError(
+                "--self-test tests kernels, not a target", "leave out all options but --json"
+            )
+        run(plugins, _versions(), as_json=as_json)
+        return
     flags = PipelineFlags(
         target=target, drafter=drafter, dtype=dtype, kernel=kernel, kv_bits=kv_bits,
         kv_group_size=kv_group_size, quantized_kv_start=quantized_kv_start,
@@ -92,12 +112,13 @@ def doctor(
 
 def _report(plugins: PluginManager, target: str, flags: PipelineFlags) -> dict[str, Any]:
     from draftloom.errors import GraphError
-    from draftloom.kernel_settings import operations, resolve_kernels
+    from draftloom.kernel_settings import implementations, resolve_kernels
     from draftloom.model_info import ModelInfo
 
     settings, problems = resolve_kernels(flags.builder(plugins).spec.kernels, plugins)
     if problems:
         raise GraphError(problems)
+    found = implementations(plugins)
     path = plugins.locate_model(target)
     model = ModelInfo.from_path(path, target or path.parent.name)
     info = plugins.adapter_for(model).load().describe(model)
@@ -122,10 +143,11 @@ def _report(plugins: PluginManager, target: str, flags: PipelineFlags) -> dict[s
         },
         "memory": _memory(plugins, flags, known=drafter is not None),
         "kernels": {
-            "registered": {c.name: c.info.summary for c in plugins.components("kernel")},
+            "self_test": _self_test(),
+            "notes": list(settings.notes),
+            "registered": {one.full_name: one.summary for one in found},
             "operations": {
-                operation: {"choice": settings.choice(operation), "implementations": names}
-                for operation, names in operations(plugins).items()
+                one.operation: _operation(one.operation, settings, found) for one in found
             },
             "choices": [attrs.asdict(choice) for choice in kernel_choices(model, settings)],
         },
@@ -135,6 +157,30 @@ def _report(plugins: PluginManager, target: str, flags: PipelineFlags) -> dict[s
             if p.distribution != "draftloom"
         ],
     }
+
+
+def _operation(name: str, settings: KernelSettings, known: list[Implementation]) -> dict[str, Any]:
+    """What is chosen for an operation, what `auto` runs here, and what cannot run here."""
+    own = [one for one in known if one.operation == name]
+    return {
+        "choice": settings.choice(name),
+        "implementations": [one.name for one in own],
+        "auto": [one.name for one in own if one.by_default],
+        "not_here": {one.name: one.why_not_here for one in own if one.why_not_here is not None},
+    }
+
+
+def _self_test() -> str:
+    """How the last self-test went, in words."""
+    from draftloom.self_test_record import SelfTestRecord
+
+    record = SelfTestRecord.load()
+    if record is None:
+        return "not run yet on this device: draftloom doctor --self-test"
+    if record.ignored:
+        return f"not run yet on this device: {record.ignored}"
+    failed = "; ".join(f"{kernel} ({reason})" for kernel, reason in record.failed.items())
+    return f"{record.date}: {f'FAILED {failed}' if failed else 'all passed'}"
 
 
 def _memory(plugins: PluginManager, flags: PipelineFlags, *, known: bool) -> dict[str, Any]:
@@ -270,10 +316,14 @@ def _describe(report: dict[str, Any]) -> str:
         lines.append("  this target needs none (no gated-delta layers)")
     for name, found in report["kernels"]["operations"].items():
         lines.append(f"  operation {name}: {found['choice']}; --kernel {name}=CHOICE, or off")
-        lines += [
-            f"    {choice}: {report['kernels']['registered'][f'{name}/{choice}']}"
-            for choice in found["implementations"]
-        ]
+        for choice in found["implementations"]:
+            auto = "; auto may run it" if choice in found["auto"] else ""
+            reason = found["not_here"].get(choice)
+            why_not = f"; not here: {reason}" if reason else ""
+            summary = report["kernels"]["registered"][f"{name}/{choice}"]
+            lines.append(f"    {choice}: {summary}{auto}{why_not}")
+    lines.append(f"  self-test: {report['kernels']['self_test']}")
+    lines += [f"    {note}" for note in report["kernels"]["notes"]]
     lines += ["third-party plugins", *(f"  {p}" for p in report["plugins"] or ["none"])]
     return "\n".join(lines)
 

@@ -10,11 +10,30 @@ heads (a multiple of Hk), Dk and Dv the sizes of a key and of a value. ``q`` is 
 ``q`` and ``k`` normalised, ``g`` already exponentiated.
 """
 
+from collections.abc import Iterator
+
 import mlx.core as mx
 
-from .tape import Tape
+from draftloom.kernels.check import Check
 
-__all__ = ["prefill", "replay", "verify"]
+from .tape import Tape
+from .targets import why_not_for
+
+__all__ = ["STOCK", "by_default", "checks", "prefill", "replay", "verify", "why_not_for"]
+
+STOCK = True
+
+
+def by_default() -> bool:
+    """Whether `auto` takes array code here: on a GPU, for what no kernel serves."""
+    return True
+
+
+def checks() -> Iterator[Check]:
+    """Parity with the reference."""
+    from .checks import checks_of
+
+    return checks_of("array")
 
 
 def _decay(state: mx.array, g: mx.array) -> mx.array:

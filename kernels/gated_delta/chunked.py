@@ -11,15 +11,32 @@ float32 when keys are correlated. Against the sequential rule: about 1e-6 on ran
 nearly parallel keys with beta near 1 (more where matrix products run in TF32, MLX-CUDA's default).
 """
 
+from collections.abc import Iterator
+
 import mlx.core as mx
+
+from draftloom.kernels.check import Check
 
 from .launch import Request
 from .tape import Tape
+from .targets import why_not_for
 
-__all__ = ["BLOCK", "CHUNK", "prefill", "supports", "verify"]
+__all__ = ["BLOCK", "CHUNK", "by_default", "checks", "prefill", "supports", "verify", "why_not_for"]
 
 BLOCK = 16
 CHUNK = 64
+
+
+def by_default() -> bool:
+    """Whether `auto` takes the chunked rule here: on a GPU, for prompts without a kernel."""
+    return bool(mx.default_device() != mx.Device(mx.cpu))
+
+
+def checks() -> Iterator[Check]:
+    """Parity with the reference."""
+    from .checks import checks_of
+
+    return checks_of("chunked")
 
 
 def supports(request: Request) -> str | None:

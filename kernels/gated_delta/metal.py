@@ -1,11 +1,16 @@
 """The kernels on Metal (macOS)."""
 
+from collections.abc import Iterator
+
 import mlx.core as mx
+
+from draftloom.kernels.check import Check
 
 from .launch import Backend, Launcher, Request, unsupported_shape
 from .source import METAL_PRELUDE
+from .targets import why_not_for
 
-__all__ = ["BACKEND", "LAUNCHER", "supports", "why_not_here"]
+__all__ = ["BACKEND", "LAUNCHER", "by_default", "checks", "supports", "why_not_for", "why_not_here"]
 
 BACKEND = Backend("metal", mx.fast.metal_kernel, METAL_PRELUDE)
 LAUNCHER = Launcher(BACKEND)
@@ -18,6 +23,18 @@ def why_not_here() -> str | None:
     if mx.default_device() == mx.Device(mx.cpu):
         return "the default device is the CPU"
     return None
+
+
+def by_default() -> bool:
+    """Whether `auto` takes these kernels here."""
+    return why_not_here() is None
+
+
+def checks() -> Iterator[Check]:
+    """Parity with the reference."""
+    from .checks import checks_of
+
+    return checks_of("metal")
 
 
 def supports(request: Request) -> str | None:

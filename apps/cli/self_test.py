@@ -1,0 +1,61 @@
+"""`draftloom doctor --self-test`: the report to paste into an issue."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from .output import busy
+
+if TYPE_CHECKING:
+    from draftloom.apps.self_test import KernelReport, SelfTest
+    from draftloom.plugins import PluginManager
+
+__all__ = ["self_test"]
+
+
+def self_test(plugins: PluginManager, versions: dict[str, str], *, as_json: bool) -> None:
+    """Run all checks, write the record, print the report.
+
+    Raises:
+        UsageError: the record cannot be written.
+        Exit: code 1 where something failed.
+    """
+    from draftloom.apps.self_test import run_self_test
+
+    with busy("checking kernels"):
+        found = run_self_test(plugins)
+    file = found.record().save()
+    if as_json:
+        data: dict[str, Any] = {**found.as_dict(), "versions": versions, "record": str(file)}
+        typer.echo(json.dumps(data, indent=2))
+    else:
+        typer.echo("\n".join([*_lines(found, versions), f"written to {file}"]))
+    if not found.passed:
+        raise typer.Exit(1)
+
+
+def _lines(found: SelfTest, versions: dict[str, str]) -> list[str]:
+    made = found.made_for
+    lines = [f"draftloom self-test of {found.date}, {found.seconds:.1f} s"]
+    lines.append(f"device {made['device']} ({made['backend']})")
+    lines.append(", ".join(f"{name} {value}" for name, value in versions.items()))
+    for one in found.tested:
+        lines += _of(one)
+    failed = [one.kernel for one in found.tested if one.failed]
+    if failed:
+        lines.append(f"FAILED: {', '.join(failed)}; turned off on this device")
+    else:
+        lines.append("all passed: nothing is turned off")
+    return lines
+
+
+def _of(one: KernelReport) -> list[str]:
+    if one.skipped:
+        return [f"{one.kernel}: not run, {one.skipped}"]
+    passed = len(one.checks) - len(one.failed)
+    auto = ", auto runs it" if one.by_default else ""
+    lines = [f"{one.kernel}: {passed} of {len(one.checks)} passed, {one.seconds:.1f} s{auto}"]
+    return lines + [f"  {'ok' if check.passed else 'FAILED'}  {check}" for check in one.checks]
