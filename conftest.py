@@ -17,10 +17,28 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import pytest
 from sybil import Example, Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 
 PRINTED = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+CACHES = pytest.StashKey[tuple[tempfile.TemporaryDirectory[str], str | None]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What is kept between runs (costs of cycles) is not kept where the user's own is."""
+    folder = tempfile.TemporaryDirectory()
+    config.stash[CACHES] = (folder, os.environ.get("XDG_CACHE_HOME"))
+    os.environ["XDG_CACHE_HOME"] = folder.name
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Put the environment back."""
+    folder, before = config.stash[CACHES]
+    os.environ.pop("XDG_CACHE_HOME")
+    if before is not None:
+        os.environ["XDG_CACHE_HOME"] = before
+    folder.cleanup()
 
 
 def begin_document(namespace: dict[str, Any]) -> None:

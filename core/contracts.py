@@ -22,6 +22,7 @@ from draftloom.errors import Problem
 from draftloom.kernel_settings import KernelSettings
 
 if TYPE_CHECKING:
+    from draftloom.costs import CycleCosts
     from draftloom.model_info import ModelInfo
     from draftloom.sampling import SamplingParams, SamplingState
 
@@ -31,6 +32,7 @@ __all__ = [
     "Bindable",
     "CacheKind",
     "CacheRollback",
+    "Calibratable",
     "Checkable",
     "ComponentInfo",
     "CycleNode",
@@ -45,6 +47,7 @@ __all__ = [
     "Parkable",
     "Port",
     "Preserves",
+    "Reporting",
     "Resolvable",
     "Speculation",
     "TargetAdapter",
@@ -553,6 +556,28 @@ class Parkable(Protocol):
         Returns:
             Whether it drafts no more.
         """
+
+
+@runtime_checkable
+class Calibratable(Protocol):
+    """A width policy that wants to know beforehand what cycles cost.
+
+    Attributes:
+        calibrate: ``cached`` (measured once and kept), ``fresh`` (measured now) or ``off``.
+    """
+
+    calibrate: str
+
+    def take_costs(self, costs: CycleCosts) -> None:
+        """Costs of this pipeline on this machine; before its first generation."""
+
+
+@runtime_checkable
+class Reporting(Protocol):
+    """A width policy that can say what it chooses and why."""
+
+    def report(self) -> str:
+        """One line for people; empty where there is nothing to say yet."""
 
 
 @runtime_checkable

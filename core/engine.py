@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import attrs
@@ -26,6 +26,7 @@ from draftloom.contracts import (
     Draft,
     DraftRequest,
     Preserves,
+    Reporting,
     Resolvable,
     Speculation,
     Width,
@@ -161,7 +162,7 @@ class Engine:
 
     # --- the loop ----------------------------------------------------------------------------
 
-    def cycles(self) -> Iterator[CycleEvent]:
+    def cycles(self) -> Generator[CycleEvent, None, None]:
         """Generate. Yields one event a cycle, the first for the prompt's own token.
 
         Raises:
@@ -242,6 +243,8 @@ class Engine:
             self._ahead.drop()
             self._conversion.settle()
             self.stats.memory = self._watch.report()
+            if isinstance(self._parts.width, Reporting):
+                self.stats.width = self._parts.width.report()
             self._parts.hook.generation_finished(event=self.stats)
 
     def logits_row(self, index: int) -> mx.array:

@@ -200,6 +200,7 @@ class GenerationStats:
         decode_seconds: first token to last.
         fell_back: why the drafter was given up; empty while it works.
         mismatch: the mismatch alarm of the pipeline; empty where it did not ring.
+        width: what the width policy chose in the end, and why; empty where it does not say.
         memory: what was held, in bytes; None until the generation has ended.
     """
 
@@ -216,6 +217,7 @@ class GenerationStats:
     decode_seconds: float = 0.0
     fell_back: str = ""
     mismatch: str = ""
+    width: str = ""
     memory: MemoryUse | None = None
 
     def add(self, event: CycleEvent) -> None:

@@ -8,7 +8,8 @@ from typing import Any, TypedDict, Unpack
 import attrs
 from mlx_lm.generate import wired_limit
 
-from draftloom.contracts import CycleNode, TargetInfo
+from draftloom.calibration import calibrate
+from draftloom.contracts import Calibratable, CycleNode, TargetInfo
 from draftloom.engine import Engine
 from draftloom.errors import UsageError
 from draftloom.events import CycleEvent, FinishReason, GenerationStats, TokenLogprob
@@ -187,6 +188,7 @@ class GenerationResult:
             "decode_tokens_per_second": stats.decode_tokens_per_second,
             "fell_back": stats.fell_back,
             "mismatch": stats.mismatch,
+            "width": stats.width,
             "memory": None if stats.memory is None else stats.memory.as_dict(),
             "seed": self.seed,
             "lossless": self.lossless,
@@ -220,6 +222,7 @@ class Pipeline:
         self.sampling = sampling
         self.names = names
         self._parts = parts
+        self._calibrated = False
 
     @property
     def graph(self) -> Graph:
@@ -309,6 +312,7 @@ class Pipeline:
 
     def engine(self, prompt: tuple[int, ...], options: GenerateOptions) -> Engine:
         """A decode loop over token ids, for those who want no text."""
+        self._calibrate()
         eos = getattr(self.tokenizer, "eos_token_ids", None) or ()
         request = EngineRequest(
             prompt=prompt,
@@ -322,6 +326,16 @@ class Pipeline:
             logprobs=options.top_logprobs if options.logprobs or options.top_logprobs else None,
         )
         return Engine(self._parts, request)
+
+    def _calibrate(self) -> None:
+        """Tell a width policy that wants to know what cycles cost here; once."""
+        width = self._parts.width
+        if self._calibrated or not isinstance(width, Calibratable) or width.calibrate == "off":
+            return
+        self._calibrated = True
+        costs = calibrate(self._parts, self.spec, fresh=width.calibrate == "fresh")
+        if costs is not None:
+            width.take_costs(costs)
 
     def _sampling(self, options: GenerateOptions) -> SamplingParams:
         """The request's parameters; XTC spares what mlx-lm's command line spares."""

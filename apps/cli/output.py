@@ -162,4 +162,6 @@ def summary_line(result: GenerationResult) -> str:
         f"prompt {stats.prompt_tokens} tokens in {stats.prefill_seconds:.2f} s",
         result.finish_reason,
     ]
+    if stats.width:
+        parts.insert(4, f"now {stats.width}")
     return " · ".join(parts)

@@ -18,7 +18,7 @@ import draftloom
 from draftloom.plugins import PluginManager
 
 FIELDS = {
-    "memory",
+    "memory", "width",
     "text", "token_ids", "prompt_tokens", "generated_tokens", "finish_reason", "cycles",
     "acceptance_length", "acceptance_rate", "accepted_by_position", "prefill_seconds",
     "decode_seconds", "decode_tokens_per_second", "fell_back", "mismatch", "lossless", "pipeline",

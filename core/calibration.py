@@ -1,0 +1,218 @@
+"""What cycles cost here: measured once for a pipeline and a machine, and kept.
+
+The engine itself is timed, with widths dictated, over a made-up text: a plain cycle, and cycles of
+a few widths. What costs depend on is part of the key under which they are kept: the structure of
+the weights (names, shapes, types; not their values), the components, kernels, device, versions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import attrs
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from draftloom.contracts import ComponentInfo, Width
+from draftloom.costs import CycleCosts
+from draftloom.engine import Engine
+from draftloom.errors import DraftloomError
+from draftloom.memory import UsesMemory
+from draftloom.mismatch import MismatchMonitor
+from draftloom.parts import EngineParts, EngineRequest
+from draftloom.sampling import SamplingParams
+from draftloom.spec import PipelineSpec
+
+__all__ = ["CycleTimer", "calibrate", "costs_folder"]
+
+_log = logging.getLogger("draftloom.calibration")
+SECONDS = 3.0
+"""How long measuring may take, about."""
+CYCLES = 3
+"""Timed cycles of a width, after one that is not; the median counts."""
+PLAIN_CYCLES = 8
+WIDTHS = (1, 4, 15, 2, 8, 31)
+"""In this order, as far as the time goes and the drafter goes."""
+
+
+class _Dictated:
+    """A width policy that does what it is told."""
+
+    info = ComponentInfo("dictated")
+
+    def __init__(self, draft: int, verify: int) -> None:
+        self._draft, self._verify = draft, verify
+
+    def choose(self, limit: int) -> Width:
+        return Width(min(self._draft, limit), min(self._verify, limit))
+
+    def observe(self, drafted: int, verified: int, accepted: int, seconds: float) -> None:
+        """Nothing to learn."""
+
+
+class _Unheard:
+    """In place of the hooks: nobody is told of cycles that belong to no text."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda **_: None
+
+
+class CycleTimer:
+    """Times cycles of a built pipeline.
+
+    Args:
+        parts: of the pipeline; its width policy, observers and alarm are left out of it.
+    """
+
+    def __init__(self, parts: EngineParts) -> None:
+        self._parts = parts
+
+    def measure(self, seconds: float = SECONDS) -> CycleCosts | None:
+        """Costs; None where the drafter proposes nothing.
+
+        Args:
+            seconds: about how long it may take. A plain cycle and the first width are measured
+                whatever they take; another where the time should suffice.
+
+        Raises:
+            DraftloomError: the target failed, or its context is too short.
+        """
+        began, most = time.perf_counter(), self._parts.drafter.info.max_width
+        if most == 0:
+            return None
+        plain = self.cycle_seconds(0, PLAIN_CYCLES)
+        points: dict[int, float] = {}
+        for width in dict.fromkeys(w if most is None else min(w, most) for w in WIDTHS):
+            if points:
+                widest = max(points)
+                expected = points[widest] * max(1.0, (width + 1) / (widest + 1))
+                if time.perf_counter() - began + expected * (CYCLES + 1) > seconds:
+                    continue
+            took = self.cycle_seconds(width, CYCLES) if width else None
+            if took is not None:
+                points[width] = took
+        if plain is None or not points:
+            return None
+        slots, least = None, min(points)
+        if most is not None and most > least:
+            full = self.cycle_seconds(least, CYCLES, draft=most)
+            slots = None if full is None else full - points[least]
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        return CycleCosts(plain, tuple(sorted(points.items())), slots, stamp)
+
+    def cycle_seconds(self, width: int, count: int, draft: int | None = None) -> float | None:
+        """Median seconds of `count` cycles after a first one; None where the drafter did not
+        propose `width` tokens so often.
+
+        Args:
+            width: draft tokens to verify.
+            count: cycles.
+            draft: tokens to draft; by default as many.
+
+        Raises:
+            DraftloomError: the target failed, or its context is too short.
+        """
+        parts = attrs.evolve(
+            self._parts,
+            width=_Dictated(width if draft is None else draft, width),
+            hook=_Unheard(),
+            monitor=MismatchMonitor(self._parts.drafter.info),
+        )
+        vocabulary = parts.target.info.vocab_size
+        # A pattern that repeats: prompt lookup finds something to propose too.
+        prompt = tuple(token % vocabulary for token in (7, 11, 13, 17)) * 8
+        request = EngineRequest(prompt, (width + 1) * (count + 4), SamplingParams())
+        engine, taken = Engine(parts, request), []
+        cycles = engine.cycles()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a drafter that fails is spoken of where it matters
+            for event in cycles:
+                if event.index and event.verified == width:
+                    taken.append(event.seconds)
+                if len(taken) > count:
+                    break
+        cycles.close()
+        engine.finish()
+        return statistics.median(taken[1:]) if len(taken) > count else None
+
+
+def costs_folder() -> Path:
+    """Where costs are kept: ``draftloom/costs`` in XDG_CACHE_HOME or ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    root = Path(base) if os.path.isabs(base) else Path("~/.cache").expanduser()
+    return root / "draftloom" / "costs"
+
+
+def calibrate(parts: EngineParts, spec: PipelineSpec, *, fresh: bool = False) -> CycleCosts | None:
+    """Costs of a pipeline here: as kept, or measured now and kept.
+
+    Args:
+        parts: the built pipeline.
+        spec: what it was built from, defaults filled in.
+        fresh: measure in any case.
+
+    Returns:
+        None where they cannot be measured: the drafter proposes nothing, the context is too short.
+    """
+    key = _key(parts, spec)
+    text = json.dumps(key, sort_keys=True)
+    path = costs_folder() / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
+    if not fresh:
+        try:
+            return CycleCosts.of(json.loads(path.read_text(encoding="utf-8"))["costs"])
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            _log.info("%s is measured again: %s", path, error)
+    try:
+        costs = CycleTimer(parts).measure()
+    except DraftloomError as error:
+        _log.info("cycles cannot be timed: %s", error)
+        return None
+    if costs is not None:
+        _log.info("a plain cycle takes %.2f ms, by width %s", 1e3 * costs.plain, costs.widths)
+        _keep(path, {"key": key, "costs": costs.as_data()})
+    return costs
+
+
+def _key(parts: EngineParts, spec: PipelineSpec) -> dict[str, Any]:
+    """Everything that costs depend on, as plain data."""
+    digest = hashlib.sha256()
+    for name, value in sorted(tree_flatten(parts.target.model.parameters())):
+        digest.update(f"{name} {value.shape} {value.dtype}\n".encode())
+    drafter = parts.drafter
+    details = mx.device_info()
+    plain = attrs.evolve(spec, target="", width=type(spec)().width, sampling=())
+    return {
+        "target": digest.hexdigest(),
+        "drafter_bytes": drafter.memory() if isinstance(drafter, UsesMemory) else None,
+        "pipeline": plain.to_toml(),
+        "device": [str(mx.default_device()), details.get("device_name"), platform.machine()],
+        "processors": os.cpu_count(),
+        "versions": {name: version(name) for name in ("draftloom", "mlx", "mlx-lm")},
+    }
+
+
+def _keep(path: Path, data: dict[str, Any]) -> None:
+    """Write a file whole or not at all. One that cannot be written is measured again next time."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=path.parent, suffix=".part", delete=False
+        ) as file:
+            json.dump(data, file, indent=1)
+        os.replace(file.name, path)
+    except OSError as error:
+        _log.info("costs are not kept: %s", error)
