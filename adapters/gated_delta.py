@@ -8,6 +8,7 @@ the updates. Contract tests compare both with stock mlx-lm, bit for bit on the C
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -16,10 +17,13 @@ from mlx_lm.models.gated_delta import compute_g, normalize_qk
 
 from draftloom.device import on_cuda
 from draftloom.kernel_settings import AUTO, OFF, KernelSettings
-from draftloom.kernels.gated_delta import prefer, prefill, verify
-from draftloom.recording import RecordingEntry
+from draftloom.kernels.gated_delta import prefer, prefill, replay, replay_verify, verify
+from draftloom.recording import Deferred, RecordingEntry
 
 __all__ = ["Projections", "RecordingMixer", "project_qwen3_5", "project_qwen3_next"]
+
+Block = tuple[mx.array, mx.array, mx.array, mx.array, mx.array]
+"""q, k [B, T, Hk, Dk], v [B, T, Hv, Dv], g, beta [B, T, Hv], as the kernels want them."""
 
 Projections = Callable[[Any, mx.array], tuple[mx.array, mx.array, mx.array, mx.array]]
 """(mixer, inputs [B, T, D]) -> q|k|v [B, T, C], z [B, T, Hv, Dv], b [B, T, Hv], a [B, T, Hv]."""
@@ -61,7 +65,9 @@ class RecordingMixer(nn.Module):
     def tune(self, settings: KernelSettings) -> None:
         """Choose the kernels: ``gated-delta`` by name also serves the prompt; ``off`` leaves the
         prompt to the mixer itself, and verify to the array path."""
-        object.__setattr__(self, "_use", prefer(settings.use("gated-delta")))
+        use = prefer(settings.use("gated-delta"))
+        object.__setattr__(self, "_use", use)
+        object.__setattr__(self, "_replay", partial(replay, use=use))
         object.__setattr__(self, "_prompt", _prompts_served(settings.choice("gated-delta")))
 
     def __call__(
@@ -73,18 +79,49 @@ class RecordingMixer(nn.Module):
             return self.mixer(inputs, mask, cache)
         qkv, z, b, a = self._project(self.mixer, inputs)
         window, (q, k, v) = _convolve(self.mixer, qkv, mask, cache)
-        state = cache[1]
-        if state is None:
-            state = mx.zeros((*v.shape[:1], *v.shape[2:], k.shape[-1]), dtype=mx.float32)
         g = compute_g(self.mixer.A_log, a, self.mixer.dt_bias)
+        block = (q, k, v, g, mx.sigmoid(b))
         if isinstance(cache, RecordingEntry):
-            output, tape, cache[1] = verify(q, k, v, g, mx.sigmoid(b), state, mask, use=self._use)
-            cache.record(tape, window)
+            output = self._record(cache, block, mask, window)
         else:
-            output, cache[1] = prefill(q, k, v, g, mx.sigmoid(b), state, mask, use=self._use)
+            state = _state(cache, block)
+            output, cache[1] = prefill(*block, state, mask, use=self._use)
         cache.advance(inputs.shape[1])
         output = self.mixer.norm(output, z)
         return self.mixer.out_proj(output.reshape(*inputs.shape[:2], -1))
+
+    def _record(
+        self, cache: RecordingEntry, block: Block, mask: mx.array | None, window: mx.array
+    ) -> mx.array:
+        """Verify a block and record what it did; y [B, T, Hv, Dv].
+
+        Where states are deferred, the replay that leads to the state before the block and the
+        block itself are one call, and the state after it is not computed: whoever wants it
+        replays the tape.
+        """
+        if not cache.defers:
+            output, tape, cache[1] = verify(*block, _state(cache, block), mask, use=self._use)
+            cache.record(tape, window)
+            return output
+        left = cache.deferred
+        if left is None:
+            state = _state(cache, block)
+            output, tape, _ = verify(*block, state, mask, write_state=False, use=self._use)
+        else:
+            output, tape, state, _ = replay_verify(
+                left.tape, left.count, block, left.state, mask, use=self._use
+            )
+        cache.record(tape, window, after=Deferred(state, tape, tape.length, self._replay))
+        return output
+
+
+def _state(cache: Any, block: Block) -> mx.array:
+    """The state [B, Hv, Dv, Dk] of a cache."""
+    state: mx.array | None = cache[1]
+    if state is None:
+        _, k, v, _, _ = block
+        state = mx.zeros((*v.shape[:1], *v.shape[2:], k.shape[-1]), dtype=mx.float32)
+    return state
 
 
 def _prompts_served(choice: str) -> bool:

@@ -2,29 +2,48 @@
 
 Memory: the tape is a few vectors a token and layer. The state before the block is the cache
 itself, which verify leaves alone; no second state is held.
+
+Deferred replay: a commit may leave the replay undone. The cache then holds the state as a lazy
+array, which anybody may read, and beside it stands what it is made of: the state before, the tape,
+and how many entries. The next block of the same cache hands that to the layer, which replays and
+verifies in one launch. It is keyed to the very array in the cache, so that a cache that somebody
+has written to since goes by what is in it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache
 
 from draftloom.contracts import CacheKind, ComponentInfo, LayerSpeculation, Need
 from draftloom.errors import UsageError
-from draftloom.kernel_settings import KernelSettings
+from draftloom.kernel_settings import AUTO, OFF, KernelSettings
 from draftloom.kernels import gated_delta, ssm
-from draftloom.recording import RecordingEntry
+from draftloom.recording import Deferred, RecordingEntry
 
 from .trim import TrimRollback
 
 __all__ = ["TapeReplayRollback"]
 
+DEFERS_ON_GPU = False
+"""Whether replays are deferred on a GPU where nobody says. It saves a launch a layer and cycle; it
+was not timed in the cycle on one yet. On the CPU there is no launch to save: they are not."""
+
+_Left = WeakKeyDictionary[ArraysCache, Deferred]
+
 
 class TapeReplayRollback:
-    """Replays the accepted entries of the tape that recurrent layers record during verify."""
+    """Replays the accepted entries of the tape that recurrent layers record during verify.
+
+    Args:
+        defer: leave the replay to the next block of the layer, for layers that can do both in one
+            launch; by default where that was found to pay.
+    """
 
     info = ComponentInfo(
         "tape-replay",
@@ -33,15 +52,25 @@ class TapeReplayRollback:
         cache_kinds=(CacheKind.GATED_DELTA, CacheKind.RECURRENT, CacheKind.OTHER),
     )
 
-    def __init__(self) -> None:
+    def __init__(self, defer: bool | None = None) -> None:
+        self._given = defer
+        self._left: _Left = WeakKeyDictionary()
         self.tune(KernelSettings())
 
     def tune(self, settings: KernelSettings) -> None:
-        """Choose the kernel that replays (``gated-delta``), and how key/value caches beside the
-        state are seen (``fixed-length-caches``)."""
+        """Choose the kernel that replays (``gated-delta``), whether the next block does that
+        (``replay-verify``), and how key/value caches beside the state are seen
+        (``fixed-length-caches``)."""
         self._trim = TrimRollback()
         self._trim.tune(settings)
         self._use = gated_delta.prefer(settings.use("gated-delta"))
+        choice = settings.choice("replay-verify")
+        if choice != AUTO:
+            self._defers = choice != OFF
+        elif self._given is not None:
+            self._defers = self._given
+        else:
+            self._defers = DEFERS_ON_GPU and mx.default_device() == mx.Device(mx.gpu)
 
     def begin(self, entry: Any, block: mx.array) -> LayerSpeculation:
         """Let the layer record block [B, K+1] instead of writing its cache. A block without draft
@@ -57,7 +86,10 @@ class TapeReplayRollback:
             raise UsageError(
                 f"tape-replay cannot take back a {type(entry).__name__}", "use snapshot"
             )
-        return _OneToken(entry) if tokens == 1 else _Recorded(entry, tokens, self._use)
+        if tokens == 1:
+            self._left.pop(entry, None)
+            return _OneToken(entry)
+        return _Recorded(entry, tokens, self._use, self._left if self._defers else None)
 
     def _child(self, entry: Any, block: mx.array) -> LayerSpeculation:
         if type(entry) is KVCache:
@@ -73,10 +105,13 @@ class _Several:
     def __init__(self, children: Sequence[LayerSpeculation]) -> None:
         self._children = children
         self.entry = _Entries([child.entry for child in children])
+        self.started: list[mx.array] = []
 
     def commit(self, num_accepted: Sequence[int]) -> None:
+        self.started = []
         for child in self._children:
             child.commit(num_accepted)
+            self.started += getattr(child, "started", ())
 
     def abort(self) -> None:
         for child in self._children:
@@ -116,27 +151,50 @@ class _OneToken:
 
 
 class _Recorded:
-    """Slots: the windows of the convolutions [B, W, C], then the state, if the layer has one."""
+    """Slots: the windows of the convolutions [B, W, C], then the state, if the layer has one.
+
+    Args:
+        entry: the cache.
+        tokens: of the block.
+        use: the kernel that replays.
+        left: where commits leave how the state they reach comes about; None computes it.
+    """
 
     reforwards = False
 
-    def __init__(self, entry: Any, tokens: int, use: gated_delta.Preference | None) -> None:
+    def __init__(
+        self,
+        entry: Any,
+        tokens: int,
+        use: gated_delta.Preference | None,
+        left: _Left | None,
+    ) -> None:
         self._cache = entry
         self._before = list(entry.cache)
         self._tokens = tokens
-        self._use = use
-        self.entry = RecordingEntry(entry)
+        self._left = left
+        self._delta_replay = partial(gated_delta.replay, use=use)
+        deferred = None if left is None else left.get(entry)
+        self.entry = RecordingEntry(entry, defers=left is not None, deferred=deferred)
+        if left is not None and self.entry.deferred is None:
+            left.pop(entry, None)
+        self.started: list[mx.array] = []
 
     def commit(self, num_accepted: Sequence[int]) -> None:
-        if all(n + 1 == self._tokens for n in num_accepted):
-            self._cache.cache = list(self.entry.slots)
+        entry, before = self.entry, self.entry.before
+        if before is None and all(n + 1 == self._tokens for n in num_accepted):
+            kept = list(entry.state)
+            self.started = kept
         else:
-            count = len(self.entry.windows[0])
-            kept: list[Any] = [self._window(slot, num_accepted) for slot in range(count)]
-            if len(self._before) > count:
-                kept.append(self._state(num_accepted))
-            self._cache.cache = kept
-        mx.async_eval(self._cache.cache)
+            count = len(entry.windows[0])
+            kept = [self._window(slot, num_accepted) for slot in range(count)]
+            if before is not None:
+                kept.append(self._defer(before, num_accepted))
+                self.started = [before]
+            elif len(self._before) > count:
+                kept.append(self._replay(self._state(), num_accepted))
+                self.started = kept[count:]
+        self._cache.cache = kept
 
     def abort(self) -> None:
         self._cache.cache = list(self._before)
@@ -152,12 +210,34 @@ class _Recorded:
         starts = mx.array(list(num_accepted))[:, None] + 1 + mx.arange(size)
         return mx.take_along_axis(window, starts[..., None], axis=1)
 
-    def _state(self, num_accepted: Sequence[int]) -> mx.array:
-        state, tapes = self._before[-1], self.entry.tapes
-        if state is None:
-            state = mx.zeros_like(self.entry.slots[-1])
-        same = len(set(num_accepted)) == 1
-        count = num_accepted[0] + 1 if same else mx.array(list(num_accepted)) + 1
+    def _state(self) -> mx.array:
+        """The state before the block."""
+        state: mx.array | None = self._before[-1]
+        return mx.zeros_like(self.entry.slots[-1]) if state is None else state
+
+    def _replay(self, state: mx.array, num_accepted: Sequence[int]) -> mx.array:
+        tapes, count = self.entry.tapes, _count(num_accepted)
         if isinstance(tapes[0], ssm.SsmTape):
             return ssm.replay(state, ssm.concat_tapes(tapes), count)
-        return gated_delta.replay(state, gated_delta.concat_tapes(tapes), count, use=self._use)
+        return self._delta_replay(state, gated_delta.concat_tapes(tapes), count)
+
+    def _defer(self, before: mx.array, num_accepted: Sequence[int]) -> mx.array:
+        """The state after the kept tokens, lazily; the next block may replay them itself.
+
+        What the state before this block was made from is let go: `before` is that state. So there
+        are never more than two states of a layer, that one and the next, and no lazy replay is
+        made from another.
+        """
+        assert self._left is not None
+        tape = gated_delta.concat_tapes(self.entry.tapes)
+        deferred = Deferred(before, tape, _count(num_accepted), self._delta_replay)
+        self._left[self._cache] = deferred
+        if self._before[-1] is not None:
+            self._before[-1] = before
+        return deferred.result
+
+
+def _count(num_accepted: Sequence[int]) -> int | mx.array:
+    """Tape entries to keep: one number where the rows agree, else an array that layers share."""
+    counts = tuple([n + 1 for n in num_accepted])
+    return counts[0] if len(set(counts)) == 1 else gated_delta.row_counts(counts, len(counts))

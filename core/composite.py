@@ -61,8 +61,12 @@ class CompositeSpeculation:
         """Keep the anchor and the accepted draft tokens of each row."""
         width = self.block.shape[1] - 1
         if not self._reforwards or all(n == width for n in num_accepted):
+            started: list[mx.array] = []
             for layer in self._layers:
                 layer.commit(num_accepted)
+                started += getattr(layer, "started", ())
+            if started:
+                mx.async_eval(started)
             return
         if len(set(num_accepted)) > 1:
             raise ValueError("rows that accept different counts cannot be run again together")

@@ -386,6 +386,9 @@ class LayerSpeculation(Protocol):
         entry: what the verify pass must use in place of the cache entry (may be the entry).
         reforwards: whether fewer accepted tokens than verified are reached by running the
             accepted tokens again (the composite then restores every layer and does so).
+
+    May also have `started`, a sequence of lazy arrays that the last commit made: those of all
+    layers are started on the device in one call, which costs less than one call a layer.
     """
 
     entry: Any

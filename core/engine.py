@@ -242,6 +242,8 @@ class Engine:
             self._finished = True
             self._ahead.drop()
             self._conversion.settle()
+            # Whoever goes on with the caches may be another thread: nothing stays undone in them.
+            mx.async_eval([entry.state for entry in self._cache])
             self.stats.memory = self._watch.report()
             if isinstance(self._parts.width, Reporting):
                 self.stats.width = self._parts.width.report()

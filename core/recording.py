@@ -3,16 +3,45 @@
 The rollback hands the verify pass this stand-in; a layer that can record writes its updates to
 it; committing reads them. The cache is written once, by the commit, so that there is nothing to
 undo when a cycle is aborted.
+
+A state that a commit reaches need not be computed there and then. `Deferred` says how it comes
+about, so that the next pass can do that work together with its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import attrs
 import mlx.core as mx
 
-__all__ = ["RecordingEntry"]
+__all__ = ["Deferred", "RecordingEntry"]
+
+
+@attrs.define(eq=False)
+class Deferred:
+    """A recurrent state that is still to be replayed from a tape.
+
+    Attributes:
+        state: what the tape was recorded on.
+        tape: per-token updates.
+        count: entries to replay: one number, or int32 with one for each row.
+        replay: (state, tape, count) -> the state after them, lazily.
+    """
+
+    state: mx.array
+    tape: Any
+    count: int | mx.array
+    replay: Callable[[mx.array, Any, Any], mx.array]
+    _result: mx.array | None = attrs.field(default=None, init=False)
+
+    @property
+    def result(self) -> mx.array:
+        """The state as an array, always the same one; lazy until somebody reads it."""
+        if self._result is None:
+            self._result = self.replay(self.state, self.tape, self.count)
+        return self._result
 
 
 class RecordingEntry:
@@ -23,30 +52,49 @@ class RecordingEntry:
 
     Args:
         entry: the cache it stands in for; only read.
+        defers: whether the state after a pass is left to whoever wants it.
+        deferred: how the state in the cache comes about, where it is still to be replayed. It is
+            ignored unless the cache holds that very array.
 
     Attributes:
         slots: the working slots, as the cache's `cache` list.
         tapes: what the layer recorded, one item a pass, in order.
         windows: inputs of the short convolutions of each pass, [B, W + T, C] each: the W values
             before the pass and the T of the pass.
+        defers: a layer that can then tells `record` how the state after its pass comes about
+            instead of computing it.
+        deferred: how the state of the last slot comes about; None where that is an array like any
+            other. A layer may go on from it instead of reading the slot.
+        before: the state before the first pass, where that one left the state after it deferred.
     """
 
-    def __init__(self, entry: Any) -> None:
+    def __init__(self, entry: Any, defers: bool = False, deferred: Deferred | None = None) -> None:
         self._entry = entry
         self.slots: list[Any] = list(entry.cache)
         self.tapes: list[Any] = []
         self.windows: list[tuple[mx.array, ...]] = []
+        self.defers = defers
+        known = deferred is not None and self.slots[-1] is deferred.result
+        self.deferred = deferred if known else None
+        self.before: mx.array | None = None
 
-    def record(self, tape: Any, *windows: mx.array) -> None:
+    def record(self, tape: Any, *windows: mx.array, after: Deferred | None = None) -> None:
         """Keep what one pass did to the state.
 
         Args:
             tape: per-token updates, of a kind that the rollback of this layer can replay; None for
                 a layer that has a convolution and no state.
             *windows: [B, W + T, C], one a convolution, in the order of their slots.
+            after: how the state after the pass comes about, from a layer that has not computed it:
+                this tape, all of it, on the state before the pass.
         """
         self.tapes.append(tape)
         self.windows.append(windows)
+        self.deferred = after
+        if after is not None:
+            self.slots[-1] = None  # lets go of what the state before was made from
+            if len(self.tapes) == 1:
+                self.before = after.state
 
     @property
     def recorded_bytes(self) -> int:
@@ -57,10 +105,15 @@ class RecordingEntry:
         return sum(a.nbytes for a in arrays if isinstance(a, mx.array))
 
     def __getitem__(self, index: int) -> Any:
-        return self.slots[index]
+        return self.state[index] if self._is_state(index) else self.slots[index]
 
     def __setitem__(self, index: int, value: Any) -> None:
+        if self._is_state(index):
+            self.deferred = None
         self.slots[index] = value
+
+    def _is_state(self, index: int) -> bool:
+        return index in (-1, len(self.slots) - 1)
 
     @property
     def lengths(self) -> Any:
@@ -69,7 +122,9 @@ class RecordingEntry:
 
     @property
     def state(self) -> Any:
-        """The working slots, for evaluation."""
+        """The working slots, with a deferred state as its (lazy) array."""
+        if self.deferred is not None:
+            self.slots[-1] = self.deferred.result
         return self.slots
 
     def make_mask(self, tokens: int) -> mx.array | None:

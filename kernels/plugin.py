@@ -19,15 +19,21 @@ _KERNELS = (
     ("packed-projections/gated-delta", _PACKED, "inputs of gated-delta layers as one product"),
     ("packed-projections/mlp", _PACKED, "gate and up as one product"),
     ("packed-projections/measure", _PACKED, "the kinds that are faster here, timed on load"),
+    (
+        "replay-verify/on",
+        f"{_GATED_DELTA}:replay_verify",
+        "the replay of the last block waits for the next one: one launch, one state",
+    ),
     ("ssm/stepwise", "draftloom.kernels.ssm", "Mamba-2 verifies token by token, as it decodes"),
     ("ssm/block", "draftloom.kernels.ssm", "Mamba-2 verifies a block at once, as mlx-lm does"),
 )
-"""(operation/implementation, module that holds it under the implementation's name, summary)."""
+"""(operation/implementation, where it is, summary); a module holds it under its own name."""
 
 
 @hookimpl
 def register_kernels(register: Register) -> None:
     """Every implementation of every operation."""
-    for name, module, summary in _KERNELS:
-        attribute = name.partition("/")[2].replace("-", "_")
-        register(name, f"{module}:{attribute}", ComponentInfo(name, summary))
+    for name, where, summary in _KERNELS:
+        if ":" not in where:
+            where += ":" + name.partition("/")[2].replace("-", "_")
+        register(name, where, ComponentInfo(name, summary))

@@ -1,6 +1,6 @@
 """Builds, caches and launches the kernels of :mod:`.source` for one backend."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -281,30 +281,34 @@ class Launcher:
         return dict(zip(plan.outputs, outputs, strict=True))
 
 
-def row_counts(n: int | mx.array, rows: int) -> mx.array:
+def row_counts(n: int | Sequence[int] | mx.array, rows: int) -> mx.array:
     """How many tape entries each row keeps, as the kernels want it.
 
-    Every layer of a model keeps the same number, so make it once a cycle and hand it to all layers.
+    Every layer of a model keeps the same number. Numbers on the host are turned into an array once;
+    the layers share it.
 
     Args:
-        n: one number, or an int32 array of at least ``rows`` entries.
+        n: one number, one for each row, or an int32 array of at least ``rows`` entries.
         rows: B.
 
     Returns:
         [max(B, 4)] int32; entries past B mean nothing.
     """
     size = max(rows, _COUNTS)
+    if isinstance(n, int):
+        return _constant_counts((n,) * size)
     if not isinstance(n, mx.array):
-        return _constant_counts(n, size)
+        return _constant_counts((*n, *[0] * (size - len(n))))
     if n.shape[0] >= size and n.dtype == mx.int32:
         return n
     return mx.pad(n.astype(mx.int32), (0, max(size - n.shape[0], 0)))
 
 
 @lru_cache(maxsize=64)
-def _constant_counts(n: int, size: int) -> mx.array:
-    counts = mx.full((size,), n, dtype=mx.int32)
-    mx.eval(counts)
+def _constant_counts(numbers: tuple[int, ...]) -> mx.array:
+    # The sum is for the device to do: what the host wrote lies in memory that a kernel waits for.
+    counts = mx.array(numbers, dtype=mx.int32) + mx.zeros((len(numbers),), dtype=mx.int32)
+    mx.async_eval(counts)
     return counts
 
 

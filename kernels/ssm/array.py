@@ -46,7 +46,7 @@ def replay(state: mx.array, tape: SsmTape, n: int | mx.array) -> mx.array:
     Args:
         state: [B, H, Dh, Ds], the state the tape was recorded on; left as it is.
         tape: T entries.
-        n: how many, 0..T: one number, or [B] int32 with one for each row.
+        n: how many, 0..T: one number, or [B] int32 (or longer) with one for each row.
 
     Returns:
         [B, H, Dh, Ds] float32.
@@ -56,6 +56,8 @@ def replay(state: mx.array, tape: SsmTape, n: int | mx.array) -> mx.array:
     """
     if isinstance(n, int) and not 0 <= n <= tape.length:
         raise ValueError(f"cannot replay {n} entries of a tape of {tape.length}")
+    if not isinstance(n, int):
+        n = n[: state.shape[0]]
     repeats = tape.inputs.shape[2] // tape.keys.shape[2]
     keys = mx.repeat(tape.keys, repeats, axis=2)
     for t in range(n if isinstance(n, int) else tape.length):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from draftloom.kv_cache import KVQuantization
 from draftloom.pipeline import GenerateOptions
 from tests.support import kv, models, pipelines
-from tests.support.cases import ROLLBACKS, TAPS
+from tests.support.cases import KERNELS, ROLLBACKS, TAPS
 from tests.support.drafters import MODES
 from tests.support.profile import examples
 
@@ -71,6 +71,7 @@ def run(case: Case) -> int:
             taps=TAPS,
         )
         .rollback(ROLLBACKS[case.rollback])
+        .kernels(KERNELS.get(case.rollback, {}))
         .verifier(case.verifier)
         .block_size(case.block_size)
         .kv_cache(**attrs.asdict(case.settings))

@@ -8,7 +8,7 @@ those of a fresh prefill of the text, bit for bit, and nothing of the junk.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import attrs
@@ -42,7 +42,20 @@ STRATEGIES: dict[str, dict[CacheKind, Any]] = {
         CacheKind.ATTENTION: SnapshotRollback,
     },
     "snapshot+trim": {CacheKind.GATED_DELTA: SnapshotRollback, CacheKind.ATTENTION: TrimRollback},
+    "deferred": {
+        CacheKind.GATED_DELTA: partial(TapeReplayRollback, defer=True),
+        CacheKind.ATTENTION: TrimRollback,
+    },
+    "deferred+snapshot": {
+        CacheKind.GATED_DELTA: partial(TapeReplayRollback, defer=True),
+        CacheKind.ATTENTION: SnapshotRollback,
+    },
 }
+
+
+def strategies_for(family: str) -> tuple[str, ...]:
+    """The strategies that differ for a family."""
+    return tuple(STRATEGIES) if family in HYBRIDS else cases.rollbacks_for(family)
 
 
 @lru_cache(maxsize=64)
@@ -153,7 +166,7 @@ def test_commit_is_absolute_and_abort_restores(family: str) -> None:
 
     @examples(5, family)
     @given(
-        st.sampled_from(cases.rollbacks_for(family)),
+        st.sampled_from(strategies_for(family)),
         st.sampled_from(list(VERIFIERS)),
         st.integers(0, 20),
         st.lists(cycles(), min_size=1, max_size=5),

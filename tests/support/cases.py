@@ -23,6 +23,7 @@ from tests.support.oracle import Trace, greedy_trace
 
 __all__ = [
     "DRAFTERS",
+    "KERNELS",
     "ROLLBACKS",
     "TAPS",
     "VERIFIERS",
@@ -56,7 +57,10 @@ ROLLBACKS: dict[str, Any] = {
     "snapshot": "snapshot",
     "replay+snapshot": {"gated-delta": "tape-replay", "attention": "snapshot"},
     "snapshot+trim": {"gated-delta": "snapshot", "attention": "trim"},
+    "deferred": "auto",
 }
+KERNELS = {"deferred": {"replay-verify": "on"}}
+"""Choices of kernels that go with a rollback."""
 VERIFIERS = ("block", "sequential")
 
 
@@ -166,6 +170,7 @@ def build(case: Case, folder: Path, tokenizer: Any = None) -> PipelineBuilder:
     builder = _with_drafter(case, builder, folder)
     return (
         builder.rollback(ROLLBACKS[case.rollback])
+        .kernels(KERNELS.get(case.rollback, {}))
         .verifier(case.verifier)
         .block_size(case.block_size)
     )

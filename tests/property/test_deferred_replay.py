@@ -1,0 +1,274 @@
+"""A replay left to the next block: the same states, never from something stale, in bounded memory.
+
+One gated-delta layer is driven by hand against the stock one, row by row, bit for bit. The whole
+pipeline with deferred replay runs in test_speculation.py and test_generation.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mlx_lm.models.cache import ArraysCache, load_prompt_cache, save_prompt_cache
+
+from draftloom.adapters import gated_delta
+from draftloom.adapters.gated_delta import RecordingMixer, project_qwen3_5
+from draftloom.caches.tape_replay import TapeReplayRollback
+from tests.support import cases, models
+from tests.support.profile import examples
+
+LENGTH = 64
+
+
+class Layer:
+    """One gated-delta layer, its stock twin's states along a few rows, and the calls it makes."""
+
+    def __init__(self, family: str, monkeypatch: pytest.MonkeyPatch, rows: int = 1) -> None:
+        stock: Any = models.stock(family)
+        self.mixer = stock.language_model.layers[0].linear_attn
+        self.layer = RecordingMixer(self.mixer, project_qwen3_5)
+        rng = np.random.default_rng(5)
+        values = rng.standard_normal((rows, LENGTH, models.HIDDEN))
+        self.inputs = mx.array(values.astype(np.float32))
+        self.fused = 0
+        fused = gated_delta.replay_verify
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.fused += 1
+            return fused(*args, **kwargs)
+
+        monkeypatch.setattr(gated_delta, "replay_verify", counted)
+
+    def expected(self, row: int, count: int) -> list[Any]:
+        """The stock layer's slots after so many inputs of a row."""
+        cache = ArraysCache(2)
+        for i in range(count):
+            self.mixer(self.inputs[row : row + 1, i : i + 1], None, cache)
+        return list(cache.cache)
+
+    def block(self, positions: Sequence[int], tokens: int) -> mx.array:
+        """The next inputs of every row."""
+        rows = [self.inputs[r, at : at + tokens] for r, at in enumerate(positions)]
+        return mx.stack(rows)
+
+    def check(self, cache: Any, positions: Sequence[int]) -> None:
+        """Every row of the cache holds what the stock layer holds there."""
+        for row, count in enumerate(positions):
+            for slot, wanted in zip(cache.cache, self.expected(row, count), strict=True):
+                found = None if slot is None else np.array(slot[row : row + 1])
+                if wanted is None:
+                    assert found is None or not found.any()
+                else:
+                    assert np.array_equal(found, np.array(wanted)), (row, count)
+
+
+def marks(rows: int, tokens: int) -> mx.array:
+    """What `begin` wants: a block of tokens."""
+    return mx.zeros((rows, tokens), dtype=mx.int32)
+
+
+@pytest.mark.parametrize("family", ["qwen3_5-v2", "qwen3_5-v4-conv3"])
+def test_rows_that_keep_different_counts(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = Layer(family, monkeypatch, rows=2)
+
+    @examples(6, family)
+    @given(
+        st.lists(
+            st.tuples(st.sampled_from((4, 2, 6, 3, 5, 1)), *[st.integers(1, 6)] * 3),
+            min_size=3,
+            max_size=5,
+        )
+    )
+    def check(cycles: list[tuple[int, ...]]) -> None:
+        rollback, cache = TapeReplayRollback(defer=True), ArraysCache(2)
+        positions = [0, 0]
+        for tokens, first, second, less in cycles:
+            speculation = rollback.begin(cache, marks(2, tokens))
+            output = layer.layer(layer.block(positions, tokens), None, speculation.entry)
+            mx.eval(output)
+            keep = [min(first, tokens), min(second, tokens)] if tokens > 1 else [1, 1]
+            speculation.commit([n - 1 for n in keep])
+            fewer = [min(n, less) for n in keep]
+            speculation.commit([n - 1 for n in fewer])
+            positions = [at + n for at, n in zip(positions, fewer, strict=True)]
+            if less % 2:  # else nobody reads the lazy state before the next block
+                layer.check(cache, positions)
+        layer.check(cache, positions)
+
+    check()
+    assert layer.fused >= 10
+
+
+def run(layer: Layer, rollback: Any, cache: Any, at: int, tokens: int, keep: int) -> Any:
+    """One cycle; returns the speculation."""
+    speculation = rollback.begin(cache, marks(1, tokens))
+    mx.eval(layer.layer(layer.block([at], tokens), None, speculation.entry))
+    speculation.commit((keep - 1,))
+    return speculation
+
+
+def test_the_next_block_replays_and_verifies_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, cache = Layer("qwen3_5-v2", monkeypatch), ArraysCache(2)
+    rollback = TapeReplayRollback(defer=True)
+    run(layer, rollback, cache, 0, 5, 3)
+    assert layer.fused == 0, "there was nothing to replay yet"
+    run(layer, rollback, cache, 3, 4, 4)
+    run(layer, rollback, cache, 7, 6, 1)
+    assert layer.fused == 2
+    run(layer, rollback, cache, 8, 1, 1)
+    run(layer, rollback, cache, 9, 3, 2)
+    assert layer.fused == 2, "after a block of one the cache holds a state that was computed"
+    layer.check(cache, [11])
+
+
+def test_by_default_nothing_is_deferred(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, cache = Layer("qwen3_5-v2", monkeypatch), ArraysCache(2)
+    rollback = TapeReplayRollback()
+    run(layer, rollback, cache, 0, 5, 3)
+    run(layer, rollback, cache, 3, 4, 4)
+    assert layer.fused == 0
+    layer.check(cache, [7])
+
+
+def test_abort_after_commit_can_be_built_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, cache = Layer("qwen3_5-v2", monkeypatch), ArraysCache(2)
+    rollback = TapeReplayRollback(defer=True)
+    run(layer, rollback, cache, 0, 5, 3)
+    run(layer, rollback, cache, 3, 4, 2).abort()
+    layer.check(cache, [3])
+    before = layer.fused
+    run(layer, rollback, cache, 3, 4, 2)
+    assert layer.fused == before, "the state before is an array by now"
+    speculation = rollback.begin(cache, marks(1, 4))
+    mx.eval(layer.layer(layer.block([5], 4), None, speculation.entry))
+    speculation.abort()
+    run(layer, rollback, cache, 5, 4, 3)
+    assert layer.fused == before + 2, "an abort without a commit leaves the replay to the next"
+    layer.check(cache, [8])
+
+
+def overwritten(cache: ArraysCache) -> ArraysCache:
+    cache[1] = cache[1] + 0.0
+    return cache
+
+
+def filtered(cache: ArraysCache) -> ArraysCache:
+    cache.filter(mx.array([0]))
+    return cache
+
+
+def extracted(cache: ArraysCache) -> ArraysCache:
+    other: ArraysCache = cache.extract(0)
+    return other
+
+
+def set_state(cache: ArraysCache) -> ArraysCache:
+    slots, left, lengths = cache.state
+    cache.state = ([x[:] for x in slots], left, lengths)
+    return cache
+
+
+@pytest.mark.parametrize("touch", [overwritten, filtered, extracted, copy.deepcopy, set_state])
+def test_a_state_that_somebody_else_put_there_is_the_one_that_counts(
+    touch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, cache = Layer("qwen3_5-v2", monkeypatch), ArraysCache(2)
+    rollback = TapeReplayRollback(defer=True)
+    run(layer, rollback, cache, 0, 5, 3)
+    other = touch(cache)
+    run(layer, rollback, other, 3, 5, 2)
+    assert layer.fused == 0
+    layer.check(other, [5])
+
+
+def test_a_prompt_cache_is_saved_with_its_lazy_state(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    layer, cache = Layer("qwen3_5-v2", monkeypatch), ArraysCache(2)
+    rollback = TapeReplayRollback(defer=True)
+    run(layer, rollback, cache, 0, 5, 3)
+    save_prompt_cache(str(tmp_path / "cache.safetensors"), [cache])
+    (loaded,) = load_prompt_cache(str(tmp_path / "cache.safetensors"))
+    layer.check(loaded, [3])
+    run(layer, rollback, cache, 3, 5, 2)
+    assert layer.fused == 1, "saving read the state and left it in its place"
+    run(layer, rollback, loaded, 3, 5, 2)
+    layer.check(loaded, [5])
+    layer.check(cache, [5])
+
+
+@pytest.mark.parametrize("choice", ["on", "off", "auto"])
+def test_the_switch_of_a_pipeline_reaches_the_layers(
+    choice: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    calls = Layer("qwen3_5-v2", monkeypatch)
+    case = cases.Case("qwen3_5-v2", "scripted-half", "auto", "block", 5, (1, 2, 3))
+    with cases.build(case, tmp_path).kernels({"replay-verify": choice}).build() as pipeline:
+        result = pipeline.generate(list(case.prompt), max_tokens=16)
+        assert ("replay-verify on" in pipeline.describe()) == (choice == "on")
+    assert result.token_ids == case.trace.tokens[3:19]
+    assert (calls.fused > 0) == (choice == "on"), "nothing is saved on a CPU: off there"
+
+
+def test_a_finished_generation_leaves_nothing_undone(tmp_path: Path) -> None:
+    case = cases.Case("qwen3_5-v2", "scripted-half", "deferred", "block", 5, (1, 2, 3))
+    with cases.build(case, tmp_path).build() as pipeline:
+        stream = pipeline.stream(list(case.prompt), max_tokens=16)
+        result = stream.result(list(stream))
+        count, found = 2 + len(result.token_ids), []
+        reader = threading.Thread(
+            target=lambda: found.append(case.trace.differences(stream.cache, count))
+        )
+        reader.start()
+        reader.join()
+    assert found == [[]], "another thread reads the caches"
+
+
+STATE = 4 * 64 * 128 * 4
+"""Bytes of a state in the memory tests: 4 heads of 64 x 128 float32."""
+
+
+def wide(monkeypatch: pytest.MonkeyPatch) -> Layer:
+    """A layer whose states outweigh everything else it holds."""
+    family = models.FAMILIES["qwen3_5"]
+    sizes = {"linear_num_value_heads": 4, "linear_key_head_dim": 128, "linear_value_head_dim": 64}
+    monkeypatch.setitem(family.config, "full_attention_interval", 4)
+    for name, value in sizes.items():
+        monkeypatch.setitem(family.config, name, value)
+    monkeypatch.setattr(models, "stock", lambda name: models.new(models.FAMILIES[name]))
+    return Layer("qwen3_5", monkeypatch)
+
+
+@pytest.mark.parametrize("read", [True, False], ids=["read", "unread"])
+def test_memory_does_not_grow_over_300_cycles(read: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Widths 1 to 5 in turn, everything kept or less; the lazy state is read by nobody, or by
+    somebody every third cycle. Between cycles there are at most two states: the one before the
+    block and, where somebody read it, the one after."""
+    layer, cache = wide(monkeypatch), ArraysCache(2)
+    rollback = TapeReplayRollback(defer=True)
+    mx.eval(layer.inputs, layer.mixer.parameters())
+    gc.collect()
+    start, held = mx.get_active_memory(), []
+    speculation = None
+    for cycle in range(300):
+        tokens = 1 + (cycle * 7) % 5
+        speculation = run(layer, rollback, cache, cycle % 50, tokens, 1 + (cycle * 3) % tokens)
+        if read and cycle % 3 == 0:
+            mx.eval(cache.cache)
+        held.append(mx.get_active_memory() - start)
+    assert layer.fused >= 100
+    assert max(held[100:]) <= max(held[:100])
+    assert max(held) < 2.5 * STATE
+    assert min(held) > 0.9 * STATE, "states are not what fills the memory here"
+    del speculation, cache
+    gc.collect()
+    assert mx.get_active_memory() - start < 0.5 * STATE, "a cache that is gone holds nothing"
