@@ -24,6 +24,7 @@ from draftloom.kernel_settings import KernelSettings
 from draftloom.model_info import ModelInfo
 
 from .attention_module import AttentionLayers
+from .early_launch import EarlyLaunch
 from .packed import PackedModel
 from .taps import LayerTaps
 
@@ -151,6 +152,7 @@ class MlxLmAdapter:
     Attributes:
         attention: the attention modules that can be stood in for; mlx-lm's own run until some are.
         packed: the projections that can run as one product; apart until `tune` says otherwise.
+        early: layers launched while later ones are put together; none until `tune` says so.
     """
 
     def __init__(self, model: nn.Module, info: TargetInfo) -> None:
@@ -160,10 +162,12 @@ class MlxLmAdapter:
         self._taps = LayerTaps(self._text.model.layers)
         self.attention = AttentionLayers(self._text.model.layers, info.name)
         self.packed = PackedModel(model)
+        self.early = EarlyLaunch(self._text.model.layers)
 
     def tune(self, settings: KernelSettings) -> None:
-        """Pack projections as the settings say."""
+        """Pack projections and launch layers early as the settings say. Taps are set after."""
         self.packed.tune(settings)
+        self.early.tune(settings)
 
     def tap(self, layers: Sequence[int]) -> None:
         """Choose the layers whose outputs are returned as features.
@@ -200,3 +204,4 @@ class MlxLmAdapter:
         self._taps.clear()
         self.attention.restore()
         self.packed.restore()
+        self.early.restore()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from draftloom.contracts import LoadedModel, TargetInfo
+from draftloom.contracts import ComponentInfo, LoadedModel, TargetInfo
 from draftloom.hookspecs import Register, hookimpl
 from draftloom.memory import WeightEstimate
 from draftloom.model_info import ModelInfo
@@ -15,6 +15,7 @@ __all__ = [
     "fetch_weights",
     "load_model",
     "locate_model",
+    "register_kernels",
     "register_target_adapters",
     "resolve_drafter",
 ]
@@ -27,6 +28,15 @@ def register_target_adapters(register: Register) -> None:
     register("attention", "draftloom.adapters.attention:AttentionAdapter")
     register("recurrent", "draftloom.adapters.hybrids:RecurrentAdapter")
     register("generic", "draftloom.adapters.generic:GenericAdapter")
+
+
+@hookimpl
+def register_kernels(register: Register) -> None:
+    """When the layers of a pass are launched."""
+    module = "draftloom.adapters.early_launch"
+    for name, summary in (("eighths", "a pass in eight pieces"), ("every-layer", "layer by layer")):
+        full = f"early-launch/{name}"
+        register(full, f"{module}:{name.replace('-', '_')}", ComponentInfo(full, summary))
 
 
 @hookimpl(trylast=True)

@@ -17,6 +17,7 @@ from draftloom.model_info import ModelInfo
 
 from .attention_module import AttentionLayers
 from .base import cache_kind, make_skeleton, sketch
+from .early_launch import EarlyLaunch
 from .packed import PackedModel
 from .parts import Parts
 from .quantized_kv import why_not_quantized_kv
@@ -111,6 +112,7 @@ class WholeModelAdapter:
     Attributes:
         attention: the attention modules that can be stood in for; mlx-lm's own run until some are.
         packed: the projections that can run as one product; apart until `tune` says otherwise.
+        early: layers launched while later ones are put together; none until `tune` says so.
     """
 
     def __init__(self, model: nn.Module, info: TargetInfo) -> None:
@@ -126,6 +128,7 @@ class WholeModelAdapter:
         self._taps = None if self._parts is None else _Taps(self._parts.layers)
         self.attention = AttentionLayers(getattr(model, "layers", ()), info.name)
         self.packed = PackedModel(model)
+        self.early = EarlyLaunch(None if self._parts is None else self._parts.layers)
 
     @classmethod
     def sketch(cls, model: ModelInfo, dtype: mx.Dtype) -> tuple[Callable[..., Any], list[Any]]:
@@ -138,8 +141,9 @@ class WholeModelAdapter:
         return why_not_quantized_kv(model, settings)
 
     def tune(self, settings: KernelSettings) -> None:
-        """Pack projections as the settings say."""
+        """Pack projections and launch layers early as the settings say. Taps are set after."""
         self.packed.tune(settings)
+        self.early.tune(settings)
 
     def tap(self, layers: Sequence[int]) -> None:
         """Choose the layers whose outputs are returned as features.
@@ -182,6 +186,7 @@ class WholeModelAdapter:
             self._taps.clear()
         self.attention.restore()
         self.packed.restore()
+        self.early.restore()
 
     def _refuse(self) -> UsageError:
         reason = self.info.why_no_taps
