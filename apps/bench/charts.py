@@ -8,7 +8,7 @@ from html import escape
 
 import attrs
 
-__all__ = ["COLOURS", "Bar", "Line", "bar_plot", "line_plot", "stacked_plot"]
+__all__ = ["COLOURS", "Bar", "Line", "bar_plot", "line_plot", "ratio_plot", "stacked_plot"]
 
 COLOURS = ("#4269d0", "#d9822b", "#2a9d6f", "#b5487a", "#7a5cc0", "#8a6d3b", "#3aa0b8", "#888888")
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 720, 280, 56, 34, 14
@@ -138,6 +138,38 @@ def line_plot(title: str, lines: Sequence[Line], label: Callable[[float], str]) 
     return _svg(title, body) + legend(
         [line.name for line in lines], [line.colour for line in lines]
     )
+
+
+def ratio_plot(title: str, rows: Sequence[Bar]) -> str:
+    """One line a row: a dot at the ratio and its range, beside a line at 1."""
+    row_height, left, right = 26, 250, 70
+    low = min([1.0, *(row.low for row in rows)])
+    high = max([1.0, *(row.high for row in rows)])
+    margin = 0.05 * (high - low) or 0.05
+    scale = (WIDTH - left - right) / (high - low + 2 * margin)
+
+    def at(ratio: float) -> float:
+        return left + (ratio - low + margin) * scale
+
+    height = 2 * TOP + len(rows) * row_height + 16
+    body = [
+        f'<line class="grid" x1="{at(1):.1f}" x2="{at(1):.1f}" y1="{TOP}" y2="{height - 28}"/>',
+        _text(at(1), height - 12, "1"),
+    ]
+    for place, row in enumerate(rows):
+        y = TOP + (place + 0.5) * row_height
+        note = f"{row.name}: {row.value:.3f} ({row.low:.3f} to {row.high:.3f})"
+        body.append(_text(left - 10, y + 4, row.name, "end"))
+        body.append(
+            f'<line class="range" x1="{at(row.low):.1f}" x2="{at(row.high):.1f}" '
+            f'y1="{y:.1f}" y2="{y:.1f}"/>'
+        )
+        body.append(
+            f'<circle class="mark" cx="{at(row.value):.1f}" cy="{y:.1f}" r="4" '
+            f'fill="{_colour(0 if row.value >= 1 else 1)}"><title>{escape(note)}</title></circle>'
+        )
+        body.append(_text(WIDTH - right + 10, y + 4, f"{row.value:.3f}", "start"))
+    return _svg(title, body, height)
 
 
 def stacked_plot(title: str, parts: Sequence[str], rows: Sequence[tuple[str, list[float]]]) -> str:

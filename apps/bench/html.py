@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from .charts import Bar, Line, bar_plot, line_plot, stacked_plot
+from .charts import Bar, Line, bar_plot, line_plot, ratio_plot, stacked_plot
 from .measure import WINDOW
 from .stages import STAGES
+from .table import worth_tables
 
 __all__ = ["render_html", "render_page", "render_table"]
 
@@ -66,6 +67,7 @@ def render_html(report: Report, title: str = "", sections: Sequence[str] = ()) -
     parts += _positions(report)
     parts += _windows(report)
     parts += _stages(report)
+    parts += _worth(report)
     parts += _texts(report)
     return render_page(title, parts)
 
@@ -206,6 +208,27 @@ def _stages(report: Report) -> list[str]:
             '<p class="note">Measured speed over the limit that draft and verify alone would '
             f"allow: {escape(', '.join(efficiency))}.</p>"
         )
+    return parts
+
+
+def _worth(report: Report) -> list[str]:
+    if "ablation" not in report:
+        return []
+    parts = [_heading(report, "What each kernel is worth")]
+    for title, headers, rows in worth_tables(report):
+        length = int(title.split()[0])
+        own = [e for e in report["ablation"]["worth"] if e["length"] == length]
+        ranges = [
+            Bar("", e["switch"], *(e["decode"][k] for k in ("median", "low", "high"))) for e in own
+        ]
+        parts.append(ratio_plot(f"what each kernel is worth, {length} tokens", ranges))
+        parts.append(render_table(headers, rows))
+    left_out = "; ".join(f"{name}: {why}" for name, why in report["ablation"]["left_out"])
+    parts.append(
+        '<p class="note">Speed with the kernel over speed without it, in the same repeat: above 1 '
+        "it pays. Median and range of the repeats; the first row is the pipeline against "
+        f"itself. Not measured: {escape(left_out) or 'nothing'}.</p>"
+    )
     return parts
 
 

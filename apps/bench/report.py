@@ -24,10 +24,21 @@ from .measure import EncodedPrompt, Run, Settings, Text, measure
 from .stages import StageTimes, time_stages
 from .subjects import Subject
 
-__all__ = ["FORMAT", "Spread", "machine", "read_report", "run_bench", "spread", "summarize"]
+__all__ = [
+    "FORMAT",
+    "Report",
+    "Spread",
+    "machine",
+    "read_report",
+    "run_bench",
+    "speeds",
+    "spread",
+    "summarize",
+]
 
 FORMAT = 1
 Report = dict[str, Any]
+"""JSON data."""
 
 
 @attrs.frozen
@@ -154,8 +165,8 @@ def summarize(report: Report) -> list[Report]:
 def _entry(report: Report, name: str, suite: str, length: int, runs: list[Report]) -> Report:
     own = [run for run in runs if run["variant"] == name]
     alone = [run for run in runs if run["variant"] == report["variants"][0]["name"]]
-    decode, prefill = _speeds(own, "decode"), _speeds(own, "prefill")
-    ratios = [a / b for a, b in zip(decode, _speeds(alone, "decode"), strict=True) if b]
+    decode, prefill = speeds(own, "decode"), speeds(own, "prefill")
+    ratios = [a / b for a, b in zip(decode, speeds(alone, "decode"), strict=True) if b]
     cycles, accepted = sum(r["cycles"] for r in own), sum(r["accepted"] for r in own)
     verified = sum(r["verified"] for r in own)
     tau = 1 + accepted / cycles if cycles else None
@@ -182,15 +193,15 @@ def _entry(report: Report, name: str, suite: str, length: int, runs: list[Report
     }
 
 
-def _speeds(runs: Sequence[Report], phase: str) -> list[float]:
-    """Tokens a second of each repeat, over all its runs."""
-    speeds = []
+def speeds(runs: Sequence[Report], phase: str) -> list[float]:
+    """Tokens a second of each repeat, over all its runs; `phase` is ``decode`` or ``prefill``."""
+    found = []
     for repeat in sorted({run["repeat"] for run in runs}):
         own = [run for run in runs if run["repeat"] == repeat]
         seconds = sum(run[f"{phase}_seconds"] for run in own)
         count = sum(r["tokens"] - 1 if phase == "decode" else r["prompt_tokens"] for r in own)
-        speeds.append(count / seconds if seconds > 0 else 0.0)
-    return speeds
+        found.append(count / seconds if seconds > 0 else 0.0)
+    return found
 
 
 def _by_position(runs: Sequence[Report]) -> list[float]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import tempfile
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from .subjects import Subject, make_variants
 
 __all__ = ["Simulation", "no_text_tokenizer", "random_prompts", "shape_names", "simulated_subject"]
 
+Builders = Sequence[tuple[str, PipelineBuilder]]
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
@@ -179,6 +180,7 @@ def simulated_subject(
     dtype: str,
     widths: Sequence[tuple[str, str | int | None]],
     kernels: Mapping[str, str] | None = None,
+    vary: Callable[[Builders], Builders] = lambda builders: builders,
 ) -> Subject:
     """A target with random weights and its variants.
 
@@ -188,6 +190,7 @@ def simulated_subject(
         widths: variants: what to call them, and their width policy or number of draft tokens;
             None is the drafter's own.
         kernels: choices by operation, as `PipelineBuilder.kernels` takes them.
+        vary: makes the variants' builders, with their names, into others.
 
     Raises:
         UnknownNameError: no such shape.
@@ -210,8 +213,10 @@ def simulated_subject(
     seed, rates = simulation.seed, list(simulation.rates)
     base = base.model(model).drafter("simulated-dflash", checkpoint=folder.name, seed=seed)
     base = base.acceptance("simulated", rates=rates, seed=seed).kernels(kernels or {})
-    builders = [(name, base if width is None else base.width(width)) for name, width in widths]
-    plans = [(name, builder.check()) for name, builder in builders]
+    builders: Builders = [
+        (name, base if width is None else base.width(width)) for name, width in widths
+    ]
+    plans = [(name, builder.check()) for name, builder in vary(builders)]
     variants = make_variants(plans, base, model, None)
     first = plans[0][1].target
     return Subject(

@@ -120,9 +120,14 @@ def make_variants(
     )
     plain_parts = {**first.names, "drafter": "none", "acceptance": "greedy", "width": "fixed 0"}
     variants = [Variant(ALONE, None, {}), Variant(PLAIN, over_loaded(plain), plain_parts)]
-    variants += [Variant(name, over_loaded(plan.spec), plan.names) for name, plan in plans]
+    variants += [Variant(name, over_loaded(plan.spec), _parts(plan)) for name, plan in plans]
     names = [variant.name for variant in variants]
     for name in names:
         if names.count(name) > 1:
             raise UsageError(f"two variants are called {name!r}", "is one given twice?")
     return tuple(variants)
+
+
+def _parts(plan: Blueprint) -> dict[str, str]:
+    """Names of the components, and of kernels that are not chosen automatically."""
+    return {**plan.names, **({"kernels": str(plan.kernels)} if plan.kernels.choices else {})}

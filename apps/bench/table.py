@@ -10,7 +10,7 @@ from rich.table import Table
 
 from .stages import STAGES
 
-__all__ = ["print_head", "print_report", "print_table"]
+__all__ = ["print_head", "print_report", "print_table", "worth_tables"]
 
 GIB = 2**30
 
@@ -86,6 +86,8 @@ def _tables(report: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]
         tables.append(positions)
     if report["stages"]:
         tables.append(_stage_table(report))
+    if "ablation" in report:
+        tables += worth_tables(report)
     return tables
 
 
@@ -124,6 +126,27 @@ def _position_table(report: dict[str, Any]) -> Any:
         rows.append([entry["variant"], *cells, *["-"] * (count - len(cells))])
     title = f"accepted, by draft position, {longest} tokens"
     return title, ["variant", *(str(i) for i in range(1, count + 1))], rows
+
+
+def worth_tables(report: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """What each kernel switch is worth, a table a length."""
+    headers = ["kernel switch", "tokens/s", "range", "prefill/s", "range", "same text", "verdict"]
+    tables = []
+    for length in report["settings"]["lengths"]:
+        rows = []
+        for entry in report["ablation"]["worth"]:
+            if entry["length"] != length:
+                continue
+            cells = [entry["switch"]]
+            for phase in ("decode", "prefill"):
+                ratio = entry[phase]
+                cells.append(f"{ratio['median']:.3f}")
+                cells.append(f"{ratio['low']:.3f}-{ratio['high']:.3f}")
+            same = f"{entry['same']}/{entry['compared']}" if entry["compared"] else "-"
+            rows.append([*cells, same, entry["verdict"]])
+        title = f"{length} tokens, what a kernel is worth: speed with it over speed without it"
+        tables.append((title, headers, rows))
+    return tables
 
 
 def _stage_table(report: dict[str, Any]) -> Any:

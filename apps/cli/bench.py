@@ -13,6 +13,7 @@ from rich.console import Console
 
 from draftloom.errors import UsageError
 
+from .bench_study import Study
 from .options import (
     DtypeOption,
     KernelOption,
@@ -158,6 +159,15 @@ def bench(
     stages: Annotated[
         bool, typer.Option("--stages/--no-stages", help="A pass of its own that times the stages.")
     ] = True,
+    ablate: Annotated[
+        bool,
+        typer.Option(
+            "--ablate",
+            help="Run the pipeline as it is, and once with each kernel switch the other way; say "
+            "what each is worth.",
+            rich_help_panel=VARIANTS,
+        ),
+    ] = False,
     simulate_acceptance: Annotated[
         str | None,
         typer.Option(
@@ -211,11 +221,12 @@ def bench(
         cool_down=cool_down,
         stop_at_eos=stop_at_eos,
     )
+    study = Study(ablate)
     with fallback_on_stderr():
         if simulate_acceptance is None:
             if shape is not None:
                 raise UsageError("--shape is for random weights", "add --simulate-acceptance P")
-            builders = chosen.builders(target, dtype, state_of(context).plugins)
+            builders = study.vary(chosen.builders(target, dtype, state_of(context).plugins))
             subject, prompts = _real(builders, _PromptChoice(suite or (), dataset or (), limit))
         else:
             _refuse_with_simulation(target, chosen, suite, dataset)
@@ -223,8 +234,11 @@ def bench(
             if shape is None:
                 raise UsageError("--simulate-acceptance needs a shape", "--shape qwen3.5-4b")
             options = (shape, _rates(simulate_acceptance), prompt_tokens)
-            subject, prompts = _simulated(options, dtype, chosen, limit)
-        _run(subject, settings, prompts, stages, (json_file, html_file))
+            subject, prompts = _simulated(options, dtype, (chosen, study), limit)
+        study.say_left_out()
+        report = _measured(subject, settings, prompts, stages)
+        study.complete(report)
+        _show(report, (json_file, html_file))
 
 
 @attrs.frozen
@@ -235,7 +249,7 @@ class _PromptChoice:
 
 
 def _real(
-    builders: list[tuple[str, PipelineBuilder]], choice: _PromptChoice
+    builders: Sequence[tuple[str, PipelineBuilder]], choice: _PromptChoice
 ) -> tuple[Subject, list[EncodedPrompt]]:
     from draftloom.apps.bench.measure import encode_prompts
     from draftloom.apps.bench.prompts import load_dataset, load_suite
@@ -251,16 +265,19 @@ def _real(
 
 
 def _simulated(
-    options: tuple[str, tuple[float, ...], int], dtype: str | None, chosen: _Chosen, count: int
+    options: tuple[str, tuple[float, ...], int],
+    dtype: str | None,
+    choice: tuple[_Chosen, Study],
+    count: int,
 ) -> tuple[Subject, list[EncodedPrompt]]:
     from draftloom.apps.bench.simulate import Simulation, random_prompts, simulated_subject
 
-    shape, rates, prompt_tokens = options
+    (shape, rates, prompt_tokens), (chosen, study) = options, choice
     simulation = Simulation(shape, rates, prompt_tokens=prompt_tokens)
     widths = [(name or "dflash", width) for name, width in chosen.width_choices()]
     kernels = parse_kernels(chosen.kernel or [])
     with busy("making random weights"):
-        subject = simulated_subject(simulation, dtype or "auto", widths, kernels)
+        subject = simulated_subject(simulation, dtype or "auto", widths, kernels, study.vary)
     return subject, random_prompts(simulation, subject.vocab_size, count)
 
 
@@ -279,20 +296,20 @@ def _refuse_with_simulation(
             )
 
 
-def _run(
-    subject: Subject,
-    settings: Settings,
-    prompts: list[EncodedPrompt],
-    stages: bool,
-    files: tuple[Path | None, Path | None],
-) -> None:
-    from draftloom.apps.bench.html import render_html
+def _measured(
+    subject: Subject, settings: Settings, prompts: list[EncodedPrompt], stages: bool
+) -> dict[str, Any]:
     from draftloom.apps.bench.measure import check_room
     from draftloom.apps.bench.report import run_bench
-    from draftloom.apps.bench.table import print_report
 
     check_room(subject, settings, prompts)
-    report = run_bench(subject, settings, prompts, stages=stages, progress=say_progress)
+    return run_bench(subject, settings, prompts, stages=stages, progress=say_progress)
+
+
+def _show(report: dict[str, Any], files: tuple[Path | None, Path | None]) -> None:
+    from draftloom.apps.bench.html import render_html
+    from draftloom.apps.bench.table import print_report
+
     print_report(report, Console(highlight=False))
     json_file, html_file = files
     if json_file is not None:

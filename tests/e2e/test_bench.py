@@ -85,6 +85,7 @@ BAD = {
     "width": (("bench", "--width", "wide"), "no width named 'wide'"),
     "block": (("bench", "--block-size", "0"), "block size"),
     "twice": (("bench", "--width", "2", "--width", "2"), "two variants"),
+    "ablate": (("bench", "--ablate", "--width", "2", "--width", "3"), "takes one pipeline"),
     "pipeline": (("bench", "--pipeline", "missing.toml"), "cannot be read"),
     "json": (("bench", "--json", "no/such/folder.json"), "cannot be written"),
     "no shape": (("bench", "--simulate-acceptance", "0.5"), "needs a shape"),
@@ -149,7 +150,10 @@ def test_page_in_a_browser(cli: Callable[..., Any], tmp_path: Path) -> None:
     if browser is None:
         pytest.skip("no chromium on this machine")
     page = tmp_path / "page.html"
-    assert cli(*SIMULATED, "--html", page).code == 0
+    done = cli(*SIMULATED, "--ablate", "--html", page)
+    assert done.code == 0
+    assert "not measured: ssm: qwen3_5 has no Mamba-2 layers" in done.err
+    assert re.search(r"^simulated: gated-delta=chunked +[\d.]+", done.out, re.MULTILINE)
     probed = tmp_path / "probed.html"
     text = page.read_text(encoding="utf-8")
     text = text.replace("style-src 'unsafe-inline'", "style-src 'unsafe-inline'; script-src *")
@@ -173,5 +177,6 @@ def test_page_in_a_browser(cli: Callable[..., Any], tmp_path: Path) -> None:
         "decoded tokens a second by length",
         "acceptance by draft position",
         "milliseconds a cycle by stage",
+        "what each kernel is worth, 5 tokens",
     ]
     assert all(inside == total > 0 for _, inside, total in drawn)
