@@ -41,6 +41,7 @@ __all__ = [
     "DraftRequest",
     "DraftSession",
     "Drafter",
+    "DraftsInPart",
     "LayerSpeculation",
     "LoadedModel",
     "Need",
@@ -285,6 +286,7 @@ class Draft:
             Whether token i is among them may depend on the tokens before it only. Those past are
             drawn from their law all the same: a policy may end there, and need not.
         source: name of the drafter that proposed it; the engine fills it in where empty.
+        filled: slots that were filled for it, where those are more than its tokens.
     """
 
     tokens: mx.array
@@ -294,6 +296,7 @@ class Draft:
     healthy: mx.array | None = None
     source: str = ""
     lengths: mx.array | None = None
+    filled: int | None = None
 
     @classmethod
     def deterministic(
@@ -331,7 +334,9 @@ class Draft:
         if width >= self.width:
             return self
         cut = [None if a is None else a[:, :width] for a in (self.probs, self.candidates)]
-        return attrs.evolve(self, tokens=self.tokens[:, :width], probs=cut[0], candidates=cut[1])
+        filled = self.width if self.filled is None else self.filled
+        tokens = self.tokens[:, :width]
+        return attrs.evolve(self, tokens=tokens, probs=cut[0], candidates=cut[1], filled=filled)
 
 
 @attrs.frozen(eq=False)
@@ -547,6 +552,17 @@ class Checkable(Protocol):
 
     def check(self, target: TargetInfo) -> Iterable[Problem]:
         """Every problem it sees; called before any weight is loaded."""
+
+
+@runtime_checkable
+class DraftsInPart(Protocol):
+    """A draft session for which a slot that nobody verifies is cheaper than one that is."""
+
+    def propose_first(
+        self, anchor: mx.array, width: int, count: int, sampling: SamplingState
+    ) -> Draft:
+        """The first `count` (>= 1) of up to `width` (>= `count`) tokens that `propose` would give.
+        Called in its place where fewer tokens are verified than slots are filled."""
 
 
 @runtime_checkable

@@ -13,13 +13,20 @@ from collections.abc import Sequence
 import attrs
 import mlx.core as mx
 
-from draftloom.contracts import Draft, Drafter, DraftLaw, DraftRequest, DraftSession
+from draftloom.contracts import (
+    Draft,
+    Drafter,
+    DraftLaw,
+    DraftRequest,
+    DraftSession,
+    DraftsInPart,
+)
 from draftloom.errors import DrafterFallbackWarning, DraftloomError, UsageError
 from draftloom.events import GenerationStats
 from draftloom.memory import UsesMemory
 from draftloom.sampling import SamplingState
 
-__all__ = ["GuardedDrafter", "UnusableDraftError", "one_line"]
+__all__ = ["GuardedDrafter", "UnusableDraftError", "one_line", "propose_first"]
 
 
 class UnusableDraftError(Exception):
@@ -75,13 +82,13 @@ class GuardedDrafter:
         if self._session is None or min(draft, verify) <= 0:
             return Draft.empty()
         try:
-            proposal = self._session.propose(anchor, draft, sampling)
+            proposal = propose_first(self._session, anchor, draft, min(verify, draft), sampling)
             _check_shapes(proposal, draft, self._vocab_size)
             usable = self._with_health(proposal.first(verify))
         except Exception as error:  # noqa: BLE001 a drafter may fail in any way
             self.give_up(one_line(error))
             return Draft.empty()
-        self.drafted = proposal.width
+        self.drafted = proposal.width if proposal.filled is None else proposal.filled
         return usable
 
     def drop(self, reason: str) -> None:
@@ -127,6 +134,15 @@ class GuardedDrafter:
 
     def _clip(self, ids: mx.array) -> mx.array:
         return mx.clip(ids, 0, self._vocab_size - 1).astype(mx.int32)
+
+
+def propose_first(
+    session: DraftSession, anchor: mx.array, width: int, count: int, sampling: SamplingState
+) -> Draft:
+    """The first `count` of up to `width` tokens of a session, by its own means if it has any."""
+    if count < width and isinstance(session, DraftsInPart):
+        return session.propose_first(anchor, width, count, sampling)
+    return session.propose(anchor, width, sampling)
 
 
 def _check_shapes(draft: Draft, width: int, vocab_size: int) -> None:

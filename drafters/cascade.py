@@ -20,6 +20,7 @@ from draftloom.contracts import (
     Need,
     TargetInfo,
 )
+from draftloom.drafting import propose_first
 from draftloom.errors import Problem
 from draftloom.memory import KeepsContext, UsesMemory
 from draftloom.sampling import SamplingState
@@ -108,8 +109,14 @@ class _Session:
         return {"context": sum(sum(part.values()) for part in held)}
 
     def propose(self, anchor: mx.array, width: int, sampling: SamplingState) -> Draft:
+        return self.propose_first(anchor, width, width, sampling)
+
+    def propose_first(
+        self, anchor: mx.array, width: int, count: int, sampling: SamplingState
+    ) -> Draft:
         for session, limit in zip(self._sessions, self._limits, strict=True):
-            draft = session.propose(anchor, width if limit is None else min(width, limit), sampling)
+            slots = width if limit is None else min(width, limit)
+            draft = propose_first(session, anchor, slots, count, sampling)
             if draft.width:
                 return draft
         return Draft.empty(anchor.shape[0])

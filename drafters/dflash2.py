@@ -23,7 +23,7 @@ from draftloom.sampling import SamplingState
 
 from .dflash.base import BlockDrafter, BlockSession
 from .dflash.context import ContextCache
-from .dflash.model import DFlashLayer, DFlashModel, Masks
+from .dflash.model import ALL_ROWS, DFlashLayer, DFlashModel, Masks
 
 __all__ = ["DFlash2Drafter", "DFlash2Model"]
 
@@ -83,11 +83,14 @@ class _Layer(DFlashLayer):
         self.attention_conv = _Convolution(config, kernel)
         self.mlp_conv = _Convolution(config, kernel)
 
-    def __call__(self, x: mx.array, cache: ContextCache, masks: Masks) -> mx.array:
-        """Block [B, T, D] after the layer. The context's keys and values see no convolution."""
+    def __call__(
+        self, x: mx.array, cache: ContextCache, masks: Masks, rows: slice = ALL_ROWS
+    ) -> mx.array:
+        """These rows of a block [B, T, D] after the layer. The context's keys and values see no
+        convolution. All rows are computed: those behind them are in the convolutions of others."""
         normed = self.input_layernorm(x)
         h = x + self.attention_conv(normed, lambda inner: self.self_attn(inner, cache, masks))
-        return h + self.mlp_conv(self.post_attention_layernorm(h), self.mlp)
+        return (h + self.mlp_conv(self.post_attention_layernorm(h), self.mlp))[:, rows]
 
 
 class _Selector(nn.Module):
@@ -187,12 +190,12 @@ class DFlash2Drafter(BlockDrafter):
 class DFlash2Session(BlockSession):
     """One generation: a context, and the walk over the candidates."""
 
-    def propose(self, anchor: mx.array, width: int, sampling: SamplingState) -> Draft:
-        """`width` tokens [B, width] after the anchor [B]; above temperature 0 with the law of each
+    def _propose(self, anchor: mx.array, width: int, count: int, sampling: SamplingState) -> Draft:
+        """`count` tokens [B, count] after the anchor [B]; above temperature 0 with the law of each
         over its candidates."""
         loaded, selector = self._loaded, self._loaded.description.selector
         assert selector is not None
-        hidden = self._context.hidden(anchor, width)
+        hidden = self._context.hidden(anchor, width, count)
         logits = loaded.scores(hidden)
         best = mx.argpartition(-logits, kth=selector.top_k - 1, axis=-1)[..., : selector.top_k]
         kept = mx.take_along_axis(logits, best, axis=-1)

@@ -161,14 +161,14 @@ class DSparkSession(BlockSession):
         self._vocab_size = vocab_size
         self._threshold = threshold
 
-    def propose(self, anchor: mx.array, width: int, sampling: SamplingState) -> Draft:
-        """`width` tokens [B, width] after the anchor [B]; above temperature 0 with their q rows."""
+    def _propose(self, anchor: mx.array, width: int, count: int, sampling: SamplingState) -> Draft:
+        """`count` tokens [B, count] after the anchor [B]; above temperature 0 with their q rows."""
         loaded, markov = self._loaded, self._loaded.description.markov
-        hidden = self._context.hidden(anchor, width)
+        hidden = self._context.hidden(anchor, width, count)
         base = loaded.scores(hidden)
         tokens, laws, confidences, token = [], [], [], anchor
         state = mx.zeros((anchor.shape[0], markov.rank if markov else 0), dtype=hidden.dtype)
-        for slot in range(width):
+        for slot in range(count):
             slot_hidden, logits = hidden[:, slot], base[:, slot]
             inputs = slot_hidden
             if markov is not None:

@@ -24,6 +24,11 @@ _KERNELS = (
         f"{_GATED_DELTA}:replay_verify",
         "the replay of the last block waits for the next one: one launch, one state",
     ),
+    ("packed-drafter/packed", _PACKED, "what of a drafter reads one input as one product"),
+    ("packed-drafter/attention", _PACKED, "q, k and v of a block as one product"),
+    ("packed-drafter/context", _PACKED, "k and v of a context, of all layers, as one product"),
+    ("packed-drafter/mlp", _PACKED, "gate and up as one product"),
+    ("packed-drafter/measure", _PACKED, "what is faster here, timed on load"),
     ("ssm/stepwise", "draftloom.kernels.ssm", "Mamba-2 verifies token by token, as it decodes"),
     ("ssm/block", "draftloom.kernels.ssm", "Mamba-2 verifies a block at once, as mlx-lm does"),
 )

@@ -9,11 +9,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
+import attrs
 import mlx.core as mx
 
 from draftloom.checkpoint import DrafterDescription
-from draftloom.contracts import BindContext, ComponentInfo, TargetInfo
+from draftloom.contracts import BindContext, ComponentInfo, Draft, TargetInfo
 from draftloom.errors import ModelError, Problem
+from draftloom.sampling import SamplingState
 
 from .block import (
     BlockContext,
@@ -113,6 +115,21 @@ class BlockSession:
             ValueError: no features, or rows of different lengths.
         """
         self._context.observe(committed, features)
+
+    def propose(self, anchor: mx.array, width: int, sampling: SamplingState) -> Draft:
+        """`width` tokens [B, width] after the anchor [B]."""
+        return self.propose_first(anchor, width, width, sampling)
+
+    def propose_first(
+        self, anchor: mx.array, width: int, count: int, sampling: SamplingState
+    ) -> Draft:
+        """The first `count` of the `width` tokens that `propose` gives; the others cost no head."""
+        draft = self._propose(anchor, width, count, sampling)
+        return draft if count == width else attrs.evolve(draft, filled=width)
+
+    def _propose(self, anchor: mx.array, width: int, count: int, sampling: SamplingState) -> Draft:
+        """`count` tokens [B, count] from one pass over [anchor, MASK ..] with `width` slots."""
+        raise NotImplementedError
 
     def memory(self) -> dict[str, int]:
         """Bytes of the context."""

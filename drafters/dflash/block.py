@@ -20,6 +20,7 @@ from draftloom.model_info import ModelInfo
 
 from .context import ContextWindow
 from .model import DFlashModel
+from .one_product import OPERATION, pack_network
 from .packing import Packing
 
 __all__ = [
@@ -303,6 +304,7 @@ def load_drafter(
     options = BlockOptions() if options is None else options
     if options.packing is not None:
         options.packing.apply(made)
+    pack_network(made, context.kernels.use(OPERATION, off="off"))
     factor = embedding_factor(description, context.target)
     return LoadedDrafter(
         description, made, context.target, target_ids, trained, options.window, factor
@@ -371,15 +373,16 @@ class BlockContext:
             self._loaded.network.extend(features, self._cache)
             self._pending.clear()
 
-    def hidden(self, anchor: mx.array, width: int) -> mx.array:
-        """Hidden states [B, width, D] of the slots that predict the tokens after the anchor [B],
-        from one pass over [anchor, MASK ..]."""
+    def hidden(self, anchor: mx.array, width: int, count: int | None = None) -> mx.array:
+        """Hidden states [B, count, D] of the first slots that predict the tokens after the anchor
+        [B], from one pass over [anchor, MASK ..] with `width` such slots; None is all of them."""
         self._extend()
+        count = width if count is None else count
         described, loaded = self._loaded.description, self._loaded
         shape = (anchor.shape[0], width - 1 + described.first_slot)
         masks = mx.full(shape, described.mask_token_id, dtype=mx.int32)
         block = mx.concatenate([anchor[:, None].astype(mx.int32), masks], axis=1)
-        hidden: mx.array = loaded.network(loaded.embed(block), self._cache)
-        hidden = hidden[:, described.first_slot :]
+        rows = slice(described.first_slot, described.first_slot + count)
+        hidden: mx.array = loaded.network(loaded.embed(block), self._cache, rows)
         scale = described.output_multiplier
         return hidden if scale == 1.0 else hidden * scale

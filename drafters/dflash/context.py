@@ -103,6 +103,7 @@ class ContextCache:
     def __init__(self, sinks: int = 0, window: int | None = None) -> None:
         self.sinks, self.window = sinks, window
         self.offset = 0
+        self._widest = 0  # rows of a block so far: they stand behind a full context
         self.arrays: list[mx.array] = []
 
     @property
@@ -153,6 +154,7 @@ class ContextCache:
         """The context's keys and values with those of a block [B, heads, T, size] behind them, in
         rows that stay free: the next block or position takes them."""
         end = self.held + keys.shape[2]
+        self._widest = max(self._widest, keys.shape[2])
         self._room(end, keys, values)
         self._write(self.held, keys, values)
         stored_keys, stored_values = self.arrays
@@ -194,7 +196,7 @@ class ContextCache:
             return
         wanted = -(-rows // STEP) * STEP
         if self.limit is not None:
-            wanted = max(rows, min(wanted, self.limit))
+            wanted = max(rows, min(wanted, self.limit + self._widest))
         shapes = [(*like.shape[:2], wanted - self.rows, like.shape[3]) for like in pair]
         free = [mx.zeros(shape, dtype=pair[0].dtype) for shape in shapes]
         if self.arrays:

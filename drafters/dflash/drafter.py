@@ -54,9 +54,10 @@ class DFlashDrafter(BlockDrafter):
 class DFlashSession(BlockSession):
     """One generation: a context, and the most likely token of every slot."""
 
-    def propose(self, anchor: mx.array, width: int, sampling: SamplingState) -> Draft:
-        """`width` tokens [B, width] after the anchor [B], from one pass over [anchor, MASK ..]."""
-        hidden = self._context.hidden(anchor, width)
+    def _propose(self, anchor: mx.array, width: int, count: int, sampling: SamplingState) -> Draft:
+        """`count` tokens [B, count] after the anchor [B],
+        from one pass over [anchor, MASK ..] with `width` slots."""
+        hidden = self._context.hidden(anchor, width, count)
         logits = self._loaded.logits(hidden)
         # A soft cap keeps the order of logits, so that the argmax needs none.
         tokens = mx.argmax(logits, axis=-1)

@@ -18,14 +18,19 @@ from mlx_lm.models.rope_utils import initialize_rope
 
 from draftloom.checkpoint import DrafterDescription, WindowRule
 from draftloom.device import on_cuda
+from draftloom.kernels.packed_projections import OneProduct
 
 from .context import ContextCache, ContextWindow
+from .one_product import PackedContext
 
-__all__ = ["DFlashLayer", "DFlashModel", "Masks"]
+__all__ = ["ALL_ROWS", "DFlashLayer", "DFlashModel", "Masks"]
 
 
 Masks = dict[tuple[Any, ...], mx.array | None]
 """The masks of one pass: layers of one kind look through the same one."""
+Spans = list[tuple[int, int]]
+"""Runs of rows, [start, stop) each."""
+ALL_ROWS = slice(None)
 
 
 class _Attention(nn.Module):
@@ -42,6 +47,7 @@ class _Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, config.num_kv_heads * size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, config.num_kv_heads * size, bias=False)
         self.o_proj = nn.Linear(config.num_heads * size, config.hidden_size, bias=False)
+        self.product: OneProduct | None = None  # q, k and v as one; see `pack_network`
         self.q_norm = nn.RMSNorm(size, eps=config.rms_norm_eps)
         self.k_norm = nn.RMSNorm(size, eps=config.rms_norm_eps)
         self.rope = initialize_rope(
@@ -59,10 +65,14 @@ class _Attention(nn.Module):
 
     def keys_values(self, x: mx.array, position: int) -> tuple[mx.array, mx.array]:
         """Keys and values [B, Hkv, T, size] of rows [B, T, D] from an absolute position on."""
-        rows, tokens, _ = x.shape
-        keys = self.k_norm(self.k_proj(x).reshape(rows, tokens, self.kv_heads, self.head_dim))
+        return self._placed(self.k_proj(x), self.v_proj(x), position)
+
+    def _placed(self, keys: mx.array, values: mx.array, position: int) -> tuple[mx.array, mx.array]:
+        """Projected keys and values [B, T, Hkv * size] as attention takes them."""
+        rows, tokens, _ = keys.shape
+        keys = self.k_norm(keys.reshape(rows, tokens, self.kv_heads, self.head_dim))
         keys = self.rope(keys.transpose(0, 2, 1, 3), offset=position)
-        return keys, self._split(self.v_proj(x), self.kv_heads)
+        return keys, self._split(values, self.kv_heads)
 
     @property
     def reach(self) -> int | None:
@@ -71,21 +81,31 @@ class _Attention(nn.Module):
             return None
         return self.window if self.window_from_anchor else self.window - 1
 
-    def __call__(self, x: mx.array, cache: ContextCache, masks: Masks) -> mx.array:
-        """Block [B, T, D] at the position after the context, over that context and itself."""
-        rows, tokens, _ = x.shape
-        queries = self.q_norm(self.q_proj(x).reshape(rows, tokens, self.heads, self.head_dim))
-        queries = self.rope(queries.transpose(0, 2, 1, 3), offset=cache.offset)
-        keys, values = cache.with_block(*self.keys_values(x, cache.offset))
+    def __call__(
+        self, x: mx.array, cache: ContextCache, masks: Masks, rows: slice = ALL_ROWS
+    ) -> mx.array:
+        """These rows of a block [B, T, D] at the position after the context, over that context and
+        the whole block."""
+        batch, tokens, _ = x.shape
+        first, stop, _ = rows.indices(tokens)
+        if self.product is None:
+            queries, keys, values = self.q_proj(x[:, rows]), self.k_proj(x), self.v_proj(x)
+        else:
+            queries, keys, values = self.product(x)
+            queries = queries[:, rows]
+        queries = self.q_norm(queries.reshape(batch, stop - first, self.heads, self.head_dim))
+        queries = self.rope(queries.transpose(0, 2, 1, 3), offset=cache.offset + first)
+        keys, values = cache.with_block(*self._placed(keys, values, cache.offset))
         if on_cuda():  # its attention is planned for the number of keys: one for many cycles
             keys, values = cache.arrays
         kind = (self.window, self.causal, cache.sinks, cache.window, keys.shape[2])
         if kind not in masks:
             masks[kind] = self._mask(tokens, cache, keys.shape[2])
+        mask = masks[kind]
         output = mx.fast.scaled_dot_product_attention(
-            queries, keys, values, scale=self.scale, mask=masks[kind]
+            queries, keys, values, scale=self.scale, mask=None if mask is None else mask[rows]
         )
-        return self.o_proj(output.transpose(0, 2, 1, 3).reshape(rows, tokens, -1))
+        return self.o_proj(output.transpose(0, 2, 1, 3).reshape(batch, stop - first, -1))
 
     def _mask(self, tokens: int, cache: ContextCache, length: int) -> mx.array | None:
         """Which of the first `length` rows a query may see: [T, length]; None is all."""
@@ -112,9 +132,13 @@ class _MLP(nn.Module):
         self.gate_proj = nn.Linear(size, inner, bias=False)
         self.up_proj = nn.Linear(size, inner, bias=False)
         self.down_proj = nn.Linear(inner, size, bias=False)
+        self.product: OneProduct | None = None  # gate and up as one; see `pack_network`
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        if self.product is None:
+            return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.product(x)
+        return self.down_proj(nn.silu(gate) * up)
 
 
 class DFlashLayer(nn.Module):
@@ -132,9 +156,12 @@ class DFlashLayer(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def __call__(self, x: mx.array, cache: ContextCache, masks: Masks) -> mx.array:
-        """Block [B, T, D] after the layer, over the context in its cache."""
-        h = x + self.self_attn(self.input_layernorm(x), cache, masks)
+    def __call__(
+        self, x: mx.array, cache: ContextCache, masks: Masks, rows: slice = ALL_ROWS
+    ) -> mx.array:
+        """These rows of a block [B, T, D] after the layer, over the context in its cache. No more
+        than these is computed, but for keys and values."""
+        h = x[:, rows] + self.self_attn(self.input_layernorm(x), cache, masks, rows)
         return h + self.mlp(self.post_attention_layernorm(h))
 
 
@@ -161,6 +188,7 @@ class DFlashModel(nn.Module):
         self.hidden_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.layers = [self.make_layer(config, kind) for kind in config.layer_types]
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.packed_context: PackedContext | None = None  # see `pack_network`
 
     def make_layer(self, config: DrafterDescription, kind: str) -> DFlashLayer:
         """One layer; networks with other layers make theirs here."""
@@ -181,28 +209,53 @@ class DFlashModel(nn.Module):
         """Append context rows for features [B, T, F] of committed tokens to the caches. What no
         layer keeps is not projected."""
         tokens = features.shape[1]
-        kept = _union(span for entry in cache for span in entry.spans(tokens))
+        spans = [entry.spans(tokens) for entry in cache]
+        kept = _union(span for part in spans for span in part)
         rows = [features[:, start:stop] for start, stop in kept]
-        context = self.hidden_norm(self.fc(mx.concatenate(rows, axis=1))) if rows else None
-        layer: Any
-        for layer, entry in zip(self.layers, cache, strict=True):
-            for start, stop in entry.spans(tokens):
-                assert context is not None
-                row = _row_of(start, kept)
-                part = context[:, row : row + stop - start]
-                position = entry.offset + start
-                entry.put(position, *layer.self_attn.keys_values(part, position))
+        if rows:
+            context = self.hidden_norm(self.fc(mx.concatenate(rows, axis=1)))
+            one_product = self.packed_context is not None and all(s == spans[0] for s in spans)
+            (self._put_all if one_product else self._put_each)(context, kept, cache, spans)
+        for entry in cache:
             entry.advance(tokens)
 
-    def __call__(self, embeddings: mx.array, cache: list[ContextCache]) -> mx.array:
-        """Normed hidden states [B, T, D] of a block's embeddings [B, T, D]."""
+    def _put_each(
+        self, context: mx.array, kept: Spans, cache: list[ContextCache], spans: list[Spans]
+    ) -> None:
+        """Project and store what each layer keeps of the context's rows."""
+        layer: Any
+        for layer, entry, part in zip(self.layers, cache, spans, strict=True):
+            for start, stop in part:
+                row = _row_of(start, kept)
+                position = entry.offset + start
+                found = layer.self_attn.keys_values(context[:, row : row + stop - start], position)
+                entry.put(position, *found)
+
+    def _put_all(
+        self, context: mx.array, kept: Spans, cache: list[ContextCache], spans: list[Spans]
+    ) -> None:
+        """The same where all layers keep the same rows: one product for all."""
+        assert self.packed_context is not None
+        for start, stop in spans[0]:
+            row = _row_of(start, kept)
+            position = cache[0].offset + start
+            both = self.packed_context(context[:, row : row + stop - start], position)
+            for entry, keys, values in zip(cache, *both, strict=True):
+                entry.put(position, keys, values)
+
+    def __call__(
+        self, embeddings: mx.array, cache: list[ContextCache], rows: slice = ALL_ROWS
+    ) -> mx.array:
+        """Normed hidden states of these rows of a block, from its embeddings [B, T, D]. Other rows
+        are computed as far as these see them."""
         h, masks = embeddings, Masks()
-        for layer, entry in zip(self.layers, cache, strict=True):
-            h = layer(h, entry, masks)
+        last = len(self.layers) - 1
+        for index, (layer, entry) in enumerate(zip(self.layers, cache, strict=True)):
+            h = layer(h, entry, masks, rows if index == last else ALL_ROWS)
         return self.norm(h)
 
 
-def _union(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+def _union(spans: Iterable[tuple[int, int]]) -> Spans:
     """Spans [start, stop) joined where they meet, in order."""
     joined: list[tuple[int, int]] = []
     for start, stop in sorted(spans):
@@ -213,7 +266,7 @@ def _union(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     return joined
 
 
-def _row_of(position: int, spans: list[tuple[int, int]]) -> int:
+def _row_of(position: int, spans: Spans) -> int:
     """Where a position stands once the spans are put side by side."""
     row = 0
     for start, stop in spans:

@@ -6,7 +6,7 @@ it, a view of the same memory. So nothing is held twice, and a layer can be call
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -142,7 +142,7 @@ class ProductStack:
 
     def __init__(self, groups: Sequence[Sequence[Any]], shared: int) -> None:
         self.products = [OneProduct(layers) for layers in groups]
-        reason = _groups_differ(groups)
+        reason = self.why_not(groups)
         if reason is not None:
             raise ValueError(f"no stack of products: {reason}")
         self._like = groups[0][0]
@@ -155,6 +155,19 @@ class ProductStack:
             rows = {name: whole[i : i + 1].squeeze(0) for name, whole in self._arrays.items()}
             mx.eval(rows)
             product._take(rows)
+
+    @staticmethod
+    def why_not(groups: Sequence[Sequence[Any]]) -> str | None:
+        """None if these groups, each of them one product, can be a stack; else the reason."""
+        kinds = {
+            tuple((*_kind(layer), layer["weight"].shape[0]) for layer in layers)
+            for layers in groups
+        }
+        if len(kinds) > 1:
+            return "the layers differ in size or type"
+        if any("bias" in layer for layers in groups for layer in layers):
+            return "a layer has a bias"
+        return None
 
     def over_all(self, x: mx.array) -> list[mx.array]:
         """What the shared layers of every group give of one x [B, T, D]: for each of them
@@ -171,17 +184,6 @@ class ProductStack:
 def _split(x: mx.array, ends: list[int]) -> list[mx.array]:
     parts: Any = mx.split(x, ends, axis=-1)  # mlx's type says one array
     return list(parts)
-
-
-def _groups_differ(groups: Iterable[Sequence[Any]]) -> str | None:
-    kinds = {
-        tuple((*_kind(layer), layer["weight"].shape[0]) for layer in layers) for layers in groups
-    }
-    if len(kinds) > 1:
-        return "the layers differ in size or type"
-    if any("bias" in layer for layers in groups for layer in layers):
-        return "a layer has a bias"
-    return None
 
 
 def _product(x: mx.array, arrays: Mapping[str, mx.array], like: Any) -> mx.array:
