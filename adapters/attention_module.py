@@ -1,9 +1,9 @@
-"""Attention layers with two seams: how queries, keys and values are projected, and how they attend.
+"""Attention layers whose attention can be another than mlx-lm's.
 
-A stand-in takes the place of the attention module of one layer and shares its parameters. What
-lies between the seams (norms, rotary positions, the cache, a gate) is written here again, in
-mlx-lm's order of operations; contract tests compare it with stock mlx-lm, bit for bit on the CPU.
-Nothing is replaced unless one of the seams is filled with something else than mlx-lm's own.
+A stand-in takes the place of the attention module of one layer and shares its parameters and
+projections. What lies around the attention itself (norms, rotary positions, the cache, a gate) is
+written here again, in mlx-lm's order of operations; contract tests compare it with stock mlx-lm,
+bit for bit on the CPU. Nothing is replaced unless another attention than mlx-lm's is chosen.
 """
 
 from __future__ import annotations
@@ -25,14 +25,8 @@ __all__ = [
     "Attend",
     "AttentionLayers",
     "AttentionModule",
-    "Project",
     "attend_stock",
-    "project_apart",
 ]
-
-Project = Callable[[Any, mx.array], tuple[mx.array, mx.array, mx.array]]
-"""(attention module, inputs [B, T, D]) -> what its q_proj, k_proj and v_proj give, each [B, T, N].
-The queries of Qwen3-Next hold a gate beside every head: N is twice as wide there."""
 
 Attend = Callable[[mx.array, mx.array, mx.array, Any, float, Any], mx.array]
 """(queries [B, Hq, T, D], keys and values [B, Hkv, N, D] as the cache gave them, the cache or None,
@@ -62,11 +56,6 @@ KNOWN_CLASSES = tuple(_FORMS)
 """Classes of mlx-lm that can be stood in for; exactly these, no subclasses."""
 
 
-def project_apart(attention: Any, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """Three products, as mlx-lm has them."""
-    return attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
-
-
 def attend_stock(
     q: mx.array, k: mx.array, v: mx.array, cache: Any, scale: float, mask: Any
 ) -> mx.array:
@@ -79,22 +68,15 @@ class AttentionModule(nn.Module):
 
     Args:
         attention: the layer's own; of one of `KNOWN_CLASSES`.
-        project: how inputs are projected.
         attend: how queries attend.
     """
 
-    def __init__(
-        self,
-        attention: nn.Module,
-        project: Project = project_apart,
-        attend: Attend = attend_stock,
-    ) -> None:
+    def __init__(self, attention: nn.Module, attend: Attend = attend_stock) -> None:
         super().__init__()
         self.attention = attention
         form = _FORMS[type(attention)]
         # Not through nn.Module's own setattr, which would look for parameters in them.
         object.__setattr__(self, "_form", form)
-        object.__setattr__(self, "_project", project)
         object.__setattr__(self, "_attend", attend)
         object.__setattr__(self, "_heads", getattr(attention, form.heads))
         object.__setattr__(self, "_key_heads", getattr(attention, form.key_heads))
@@ -104,10 +86,9 @@ class AttentionModule(nn.Module):
     ) -> mx.array:
         """Output [B, T, D] of inputs [B, T, D]."""
         rows, tokens, _ = x.shape
-        q, k, v = self._project(self.attention, x)
-        q = q.reshape(rows, tokens, self._heads, -1)
-        k = k.reshape(rows, tokens, self._key_heads, -1)
-        v = v.reshape(rows, tokens, self._key_heads, -1)
+        q = self.attention.q_proj(x).reshape(rows, tokens, self._heads, -1)
+        k = self.attention.k_proj(x).reshape(rows, tokens, self._key_heads, -1)
+        v = self.attention.v_proj(x).reshape(rows, tokens, self._key_heads, -1)
         gate = None
         if self._form.gated:
             q, gate = mx.split(q, 2, axis=-1)
@@ -169,7 +150,7 @@ class AttentionLayers:
         if not self._layers:
             raise UnsupportedModelError(
                 f"no attention layer of {self._name} can be stood in for",
-                "switch the packing and the attention kernel off for it",
+                "leave verify-attention at auto or off",
             )
         made = [(layer, layer.self_attn, make(layer.self_attn)) for layer in self._layers]
         for layer, attention, stand in made:

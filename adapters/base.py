@@ -27,6 +27,7 @@ from .attention_module import AttentionLayers
 from .early_launch import EarlyLaunch
 from .packed import PackedModel
 from .taps import LayerTaps
+from .verify_attention import tune_attention
 
 __all__ = [
     "MlxLmAdapter",
@@ -165,9 +166,11 @@ class MlxLmAdapter:
         self.early = EarlyLaunch(self._text.model.layers)
 
     def tune(self, settings: KernelSettings) -> None:
-        """Pack projections and launch layers early as the settings say. Taps are set after."""
+        """Pack projections, launch layers early, choose the attention of verify, as the settings
+        say. Taps are set after."""
         self.packed.tune(settings)
         self.early.tune(settings)
+        tune_attention(self.attention, settings)
 
     def tap(self, layers: Sequence[int]) -> None:
         """Choose the layers whose outputs are returned as features.

@@ -22,6 +22,7 @@ from .packed import PackedModel
 from .parts import Parts
 from .quantized_kv import why_not_quantized_kv
 from .taps import LayerTaps, TapLayer
+from .verify_attention import tune_attention
 
 __all__ = ["WholeModelAdapter", "describe_whole"]
 
@@ -141,9 +142,11 @@ class WholeModelAdapter:
         return why_not_quantized_kv(model, settings)
 
     def tune(self, settings: KernelSettings) -> None:
-        """Pack projections and launch layers early as the settings say. Taps are set after."""
+        """Pack projections, launch layers early, choose the attention of verify, as the settings
+        say. Taps are set after."""
         self.packed.tune(settings)
         self.early.tune(settings)
+        tune_attention(self.attention, settings)
 
     def tap(self, layers: Sequence[int]) -> None:
         """Choose the layers whose outputs are returned as features.

@@ -17,6 +17,7 @@ from mlx_lm.models.cache import KVCache
 from draftloom.contracts import CacheKind, TargetInfo
 from draftloom.device import on_cuda
 from draftloom.kernels.check import Check
+from draftloom.kv_view import KVCacheView
 
 __all__ = ["FixedLengthEntry", "by_default", "checks", "serves", "why_not_for"]
 
@@ -42,18 +43,12 @@ def serves(entry: Any) -> bool:
     return type(entry) is KVCache and by_default()
 
 
-class FixedLengthEntry:
+class FixedLengthEntry(KVCacheView):
     """Stands in for a KVCache during verify; writes go to the cache itself.
 
     Args:
         entry: the cache.
     """
-
-    def __init__(self, entry: KVCache) -> None:
-        self._entry = entry
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._entry, name)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append [B, Hkv, T, D] and give all allocated rows; for T = 1 the valid ones (one row

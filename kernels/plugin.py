@@ -9,6 +9,7 @@ __all__ = ["register_kernels"]
 
 _GATED_DELTA = "draftloom.kernels.gated_delta"
 _PACKED = "draftloom.kernels.packed_projections"
+_ATTENTION = "draftloom.kernels.verify_attention"
 _KERNELS = (
     ("gated-delta/array", _GATED_DELTA, "token by token, in mlx-lm's order of operations"),
     ("gated-delta/chunked", _GATED_DELTA, "a chunk of tokens at a time, differentiable"),
@@ -31,6 +32,9 @@ _KERNELS = (
     ("packed-drafter/measure", _PACKED, "what is faster here, timed on load"),
     ("ssm/stepwise", "draftloom.kernels.ssm", "Mamba-2 verifies token by token, as it decodes"),
     ("ssm/block", "draftloom.kernels.ssm", "Mamba-2 verifies a block at once, as mlx-lm does"),
+    ("verify-attention/array", _ATTENTION, "MLX's own attention"),
+    ("verify-attention/cuda", _ATTENTION, "two launches whatever the length, tensor cores, CUDA"),
+    ("verify-attention/metal", _ATTENTION, "two launches whatever the length, Metal"),
 )
 """(operation/implementation, where it is, summary); a module holds it under its own name."""
 

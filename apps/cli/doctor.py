@@ -239,7 +239,7 @@ def _dtype_advice() -> tuple[str, list[str]]:
 
 
 def kernel_choices(model: ModelInfo, settings: KernelSettings | None = None) -> list[KernelChoice]:
-    """Which kernels the gated-delta layers of a model would use here; none without such layers.
+    """Which kernels the layers of a model would use here.
 
     Asks for a block of `BLOCK` tokens and a prompt chunk of `PROMPT`, B = 1.
 
@@ -247,6 +247,37 @@ def kernel_choices(model: ModelInfo, settings: KernelSettings | None = None) -> 
         model: the target's config.
         settings: checked choices; None is ``auto``.
     """
+    return _gated_delta(model, settings) + _attention(model, settings)
+
+
+def _attention(model: ModelInfo, settings: KernelSettings | None) -> list[KernelChoice]:
+    """Verify attention; none where the config does not tell the heads."""
+    import mlx.core as mx
+
+    from draftloom.kernels.verify_attention import Request, choose
+
+    config, name = model.text_config, "verify-attention"
+    heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
+    if not isinstance(heads, int) or not isinstance(hidden, int) or heads < 1:
+        return []
+    on_cpu = mx.default_device() == mx.Device(mx.cpu)
+    request = Request(
+        dtype=mx.float32 if on_cpu else _stored_dtype(model),
+        batch=1,
+        queries=BLOCK,
+        heads=heads,
+        key_heads=config.get("num_key_value_heads") or heads,
+        size=config.get("head_dim") or hidden // heads,
+        device="cpu" if on_cpu else "gpu",
+    )
+    if settings is not None and settings.is_off(name):
+        return [KernelChoice(name, "array", "mlx-lm's own: it is switched off", {})]
+    choice = choose(request, None if settings is None else settings.use(name))
+    return [KernelChoice(name, choice.name, choice.reason, dict(choice.rejected))]
+
+
+def _gated_delta(model: ModelInfo, settings: KernelSettings | None) -> list[KernelChoice]:
+    """The operations of gated-delta layers; none without such layers."""
     import mlx.core as mx
 
     from draftloom.kernels.gated_delta import Request, choose, prefer
@@ -313,7 +344,7 @@ def _describe(report: dict[str, Any]) -> str:
         lines.append(f"  {choice['operation']}: {choice['kernel']} ({choice['reason']})")
         lines += [f"    not {name}: {why}" for name, why in choice["rejected"].items()]
     if not report["kernels"]["choices"]:
-        lines.append("  this target needs none (no gated-delta layers)")
+        lines.append("  this target needs none")
     for name, found in report["kernels"]["operations"].items():
         lines.append(f"  operation {name}: {found['choice']}; --kernel {name}=CHOICE, or off")
         for choice in found["implementations"]:

@@ -241,7 +241,8 @@ def test_doctor_counts_memory(cli: Callable[..., Any], tiny: Path) -> None:
 
 def test_doctor_on_another_target(cli: Callable[..., Any], tiny: Path) -> None:
     done = cli("doctor", "--target", tiny, plugins=[Lab()])
-    assert "needs none" in done.out
+    assert "verify-attention: array" in done.out
+    assert "gated-delta verify" not in done.out
     assert "none known" in done.out
     assert "Lab (" in done.out
     cli("doctor", "--target", tiny / "missing").assert_mistake("missing")

@@ -1,5 +1,5 @@
-"""Stand-ins for attention modules, filled with mlx-lm's own projections and attention: the logits
-and caches of stock mlx-lm, bit for bit on the CPU; and nothing left behind.
+"""Stand-ins for attention modules with mlx-lm's own attention: the logits and caches of stock
+mlx-lm, bit for bit on the CPU; and nothing left behind.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from draftloom.adapters.attention_module import (
     AttentionLayers,
     AttentionModule,
     attend_stock,
-    project_apart,
 )
 from draftloom.errors import UnsupportedModelError, UsageError
 from tests.support import models, pipelines
@@ -107,24 +106,6 @@ def test_sliding_layers_keep_their_rotating_cache_and_plain_ones_a_causal_mask()
     assert kinds == {KVCache, RotatingKVCache}
     assert all(mask is None or mask == "causal" for kind, mask in seen if kind is KVCache)
     assert any(isinstance(mask, mx.array) for kind, mask in seen if kind is RotatingKVCache)
-
-
-def test_both_seams_are_used() -> None:
-    model = models.new(models.FAMILIES["qwen2"])
-    calls = []
-
-    def project(attention: Any, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        calls.append("project")
-        return project_apart(attention, x)
-
-    def attend(*arguments: Any) -> mx.array:
-        calls.append("attend")
-        return attend_stock(*arguments)
-
-    layers = AttentionLayers(model.model.layers, "x")
-    layers.replace(lambda attention: AttentionModule(attention, project, attend))
-    model(tokens(3, 1))
-    assert calls == ["project", "attend"] * len(layers)
 
 
 def test_what_was_replaced_comes_back() -> None:

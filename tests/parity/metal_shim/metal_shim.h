@@ -6,6 +6,7 @@
 // filled with NaN before every threadgroup and measured against the 32 KiB that Metal allows.
 #include <ucontext.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -128,6 +129,10 @@ inline float simd_max(float value) {
   }
   return best;
 }
+
+namespace metal {
+inline float exp(float x) { return std::exp(x); }
+}  // namespace metal
 
 inline void threadgroup_barrier(mem_flags) {
   const uint64_t mine = ++shim::machine.now->barriers;

@@ -1,0 +1,246 @@
+"""Builds, caches and launches the kernels of :mod:`.source` for one backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import attrs
+import mlx.core as mx
+
+from draftloom.kernels.backend import Backend
+
+from .source import Combine, Partial
+
+__all__ = [
+    "MAX_QUERIES",
+    "SIZES",
+    "TIMED",
+    "Geometry",
+    "Launcher",
+    "Request",
+    "geometry_for",
+    "unsupported_shape",
+    "valid_lengths",
+]
+
+SIZES = (64, 128, 256)
+"""Head sizes that the kernel body takes."""
+TIMED: frozenset[str] = frozenset()
+"""Backends whose kernel is chosen without being asked for. Add one once
+docs/benchmarks/verify_attention.py has shown there that it pays."""
+MAX_QUERIES = 32
+"""Most query tokens a row."""
+_KINDS = {mx.float32: 0, mx.float16: 1, mx.bfloat16: 2}
+_LENGTHS = 4  # MLX-CUDA keeps arrays of 8 bytes or less in host memory, slow to read from a kernel
+_GRID_LIMIT = 65535  # CUDA's limit on the z extent of a grid
+_GROUPS = 132  # threadgroups to make of the keys: one for each multiprocessor of an H100
+_MOST_SPLITS = 64  # what the second pass adds up
+
+
+@attrs.frozen
+class Request:
+    """What a call asks of a kernel.
+
+    Attributes:
+        dtype: of queries, keys and values.
+        batch: B.
+        queries: M.
+        heads: Hq.
+        key_heads: Hkv.
+        size: D.
+        device: "cpu" or "gpu", the default device.
+        window: keys a query sees at most, or None.
+        sinks: whether there is a sink a head.
+    """
+
+    dtype: mx.Dtype
+    batch: int
+    queries: int
+    heads: int
+    key_heads: int
+    size: int
+    device: str
+    window: int | None = None
+    sinks: bool = False
+
+
+def unsupported_shape(request: Request) -> str | None:
+    """Why the kernel body cannot serve a request's shape or dtype, or None if it can."""
+    if request.size not in SIZES:
+        return f"D = {request.size}: the kernel needs one of {SIZES}"
+    if not 1 <= request.queries <= MAX_QUERIES:
+        return f"M = {request.queries}: the kernel takes 1 to {MAX_QUERIES} query tokens"
+    if request.heads % request.key_heads:
+        return f"Hq = {request.heads} is not a multiple of Hkv = {request.key_heads}"
+    if request.dtype not in _KINDS:
+        return f"dtype {request.dtype}: the kernel takes float32, float16 and bfloat16"
+    if request.batch * request.key_heads > _GRID_LIMIT:
+        return f"B * Hkv = {request.batch * request.key_heads} exceeds a grid's {_GRID_LIMIT}"
+    if request.window is not None and request.window < 1:
+        return f"a window of {request.window} keys"
+    return None
+
+
+@attrs.frozen(cache_hash=True)
+class Geometry:
+    """How the work is spread over threads (see :mod:`.source`).
+
+    Attributes:
+        rows: packed query rows of a threadgroup; 16, 32 or 64.
+        keys: keys staged at once; a multiple of 16.
+        simds: simdgroups in a threadgroup; ``simds * 16 / rows`` of them share 16 rows, and divide
+            ``keys / 8``.
+        groups: threadgroups to split the keys for, all heads together.
+    """
+
+    rows: int
+    keys: int
+    simds: int
+    groups: int = _GROUPS
+
+    def threadgroup_bytes(self, size: int, item: int) -> int:
+        """Threadgroup memory, bytes, for heads of ``size`` and numbers of ``item`` bytes."""
+        tile = self.keys * (size * item + 16)
+        weights = self.rows * (self.keys * item + 16)
+        return tile + weights + 4 * 16 * self.simds
+
+    def splits(self, pairs: int, rows: int) -> int:
+        """Most parts that the keys are cut into, for B * Hkv pairs of ``rows`` packed rows each."""
+        tiles = -(-rows // self.rows)
+        return max(1, min(self.groups // (pairs * tiles), _MOST_SPLITS))
+
+
+def geometry_for(rows: int, size: int, item: int, memory: int) -> Geometry:
+    """The geometry for so many packed rows: none of it has been timed yet.
+
+    Args:
+        rows: Hq / Hkv * M.
+        size: D.
+        item: bytes of a number.
+        memory: threadgroup memory that may be used, bytes.
+    """
+    height = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    wide = Geometry(height, 32, {16: 4, 32: 8, 64: 8}[height])
+    if wide.threadgroup_bytes(size, item) <= memory:
+        return wide
+    return Geometry(height, 16, {16: 2, 32: 4, 64: 8}[height])
+
+
+@attrs.frozen
+class _Plan:
+    """What is the same in every launch on equal shapes and dtypes."""
+
+    kernels: tuple[Callable[..., list[mx.array]], Callable[..., list[mx.array]]]
+    arguments: tuple[dict[str, Any], dict[str, Any]]
+
+
+@attrs.frozen(cache_hash=True)
+class _Shape:
+    """What a plan depends on besides backend and geometry."""
+
+    dtype: mx.Dtype
+    q: tuple[int, ...]
+    keys: tuple[int, ...]
+    scale: float
+    window: int | None
+    sinks: mx.Dtype | None
+
+
+@lru_cache(maxsize=1024)
+def _plan(backend: Backend, geometry: Geometry | None, shape: _Shape) -> _Plan:
+    batch, heads, queries, size = shape.q
+    _, key_heads, allocated, _ = shape.keys
+    rows, pairs = heads // key_heads * queries, batch * key_heads
+    geometry = geometry or geometry_for(rows, size, shape.dtype.size, backend.memory)
+    most = geometry.splits(pairs, rows)
+    splits = min(most, -(-allocated // geometry.keys))
+    shared = [("D", size), ("Hq", heads), ("Hkv", key_heads)]
+    parts = (pairs, splits, rows)
+    partial, combine = Partial(shape.scale), Combine(shape.sinks is not None)
+    dtypes = (shape.dtype,) * 3
+    seconds = (mx.float32,) * 3 + (() if shape.sinks is None else (shape.sinks,))
+    first = {
+        "template": [
+            ("CT", shape.dtype),
+            ("KIND", _KINDS[shape.dtype]),
+            *shared,
+            ("RT", geometry.rows),
+            ("BN", geometry.keys),
+            ("SIMDS", geometry.simds),
+            ("SPLITS", most),
+            ("WINDOW", shape.window or 0),
+        ],
+        "grid": (32 * splits, geometry.simds * -(-rows // geometry.rows), pairs),
+        "threadgroup": (32, geometry.simds, 1),
+        "output_shapes": [(*parts, size), parts, parts],
+        "output_dtypes": [mx.float32] * 3,
+    }
+    second = {
+        "template": [("QT", shape.dtype), *shared],
+        "grid": (32, size // 32 * rows, pairs),
+        "threadgroup": (32, size // 32, 1),
+        "output_shapes": [(batch, queries, heads, size)],
+        "output_dtypes": [shape.dtype],
+    }
+    kernels = (backend.kernel(partial, dtypes), backend.kernel(combine, seconds))
+    return _Plan(kernels, (first, second))
+
+
+@attrs.frozen
+class Launcher:
+    """Verify attention on one backend; arguments and shapes as in :mod:`.dispatch`.
+
+    Attributes:
+        backend: who compiles.
+        geometry: a fixed geometry, or None for :func:`geometry_for`.
+        poison: fill outputs with this value first (tests find unwritten elements so); None leaves
+            them as allocated.
+    """
+
+    backend: Backend
+    geometry: Geometry | None = None
+    poison: float | None = None
+
+    def attend(
+        self,
+        q: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        lengths: int | mx.array,
+        *,
+        scale: float,
+        window: int | None = None,
+        sinks: mx.array | None = None,
+    ) -> mx.array:
+        """[B, Hq, M, D] in q's dtype, a view of [B, M, Hq, D] as it lies in memory."""
+        dtype = None if sinks is None else sinks.dtype
+        shape = _Shape(q.dtype, q.shape, keys.shape, float(scale), window, dtype)
+        plan = _plan(self.backend, self.geometry, shape)
+        poison = {} if self.poison is None else {"init_value": self.poison}
+        inputs = [q, keys, values, valid_lengths(lengths, q.shape[0])]
+        parts = plan.kernels[0](inputs=inputs, **plan.arguments[0], **poison)
+        inputs = [*parts, *([] if sinks is None else [sinks])]
+        (out,) = plan.kernels[1](inputs=inputs, **plan.arguments[1], **poison)
+        return out.transpose(0, 2, 1, 3)
+
+
+def valid_lengths(lengths: int | mx.array, rows: int) -> mx.array:
+    """How many keys of each row are valid, as the kernels want it; lazy.
+
+    All layers of a pass see the same length: make it once and hand it to all of them.
+
+    Args:
+        lengths: one number, or an int32 array of at least ``rows`` entries.
+        rows: B.
+
+    Returns:
+        [max(B, 4)] int32; entries past B mean nothing.
+    """
+    size = max(rows, _LENGTHS)
+    if not isinstance(lengths, mx.array):
+        return mx.full((size,), lengths, dtype=mx.int32)
+    if lengths.shape[0] >= size and lengths.dtype == mx.int32:
+        return lengths
+    return mx.pad(lengths.astype(mx.int32), (0, max(size - lengths.shape[0], 0)))

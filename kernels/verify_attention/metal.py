@@ -1,0 +1,55 @@
+"""The kernels on Metal (macOS)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import mlx.core as mx
+
+from draftloom.kernels.backend import Backend
+from draftloom.kernels.check import Check
+
+from .launch import TIMED, Launcher, Request, unsupported_shape
+from .prelude import METAL_PRELUDE
+from .targets import why_not_for
+
+__all__ = [
+    "BACKEND",
+    "LAUNCHER",
+    "attend",
+    "by_default",
+    "checks",
+    "supports",
+    "why_not_for",
+    "why_not_here",
+]
+
+BACKEND = Backend("metal", mx.fast.metal_kernel, METAL_PRELUDE)
+LAUNCHER = Launcher(BACKEND)
+attend = LAUNCHER.attend
+
+
+def why_not_here() -> str | None:
+    """None if the kernels can run on the default device, else the reason why not."""
+    if not mx.metal.is_available():
+        return "MLX was built without Metal or finds no Metal device"
+    if mx.default_device() == mx.Device(mx.cpu):
+        return "the default device is the CPU"
+    return None
+
+
+def by_default() -> bool:
+    """Whether `auto` runs the kernel here: only where it has been timed."""
+    return "metal" in TIMED and why_not_here() is None
+
+
+def checks() -> Iterator[Check]:
+    """The parity checks, on the default device."""
+    from .checks import checks_of
+
+    return checks_of("metal")
+
+
+def supports(request: Request) -> str | None:
+    """None if these kernels can serve the request here, else the reason why not."""
+    return why_not_here() or unsupported_shape(request)

@@ -1,0 +1,195 @@
+"""Verify attention: the sources that go to Metal and to CUDA, compiled as C++ and run lane by lane.
+
+For CUDA the tensor core instruction is replaced by a function of the same fragments (cuda_words.h)
+and the words for positions and barriers are the shim's; all else is the text that CUDA compiles.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+from pathlib import Path
+from types import ModuleType
+
+import mlx.core as mx
+import pytest
+
+from draftloom.kernels.backend import CUDA_BUILTINS, Backend
+from draftloom.kernels.verify_attention import cuda, metal
+from draftloom.kernels.verify_attention.launch import (
+    SIZES,
+    Geometry,
+    Launcher,
+    geometry_for,
+    valid_lengths,
+)
+from draftloom.kernels.verify_attention.prelude import (
+    CUDA_FRAGMENTS,
+    CUDA_MMA,
+    CUDA_PRELUDE,
+    METAL_PRELUDE,
+)
+from draftloom.kernels.verify_attention.source import Combine, Partial
+from tests.support.attention_cases import CASES, TOLERANCE, Case, error, inputs, poisoned, truth
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+
+WORDS = '#include "cuda_words.h"\n'
+
+
+def load(name: str) -> ModuleType:
+    """A module of this folder (tests are imported one by one, without their folder on the path)."""
+    path = Path(__file__).parent / name
+    spec = importlib.util.spec_from_file_location(f"attention_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+emulator = load("metal_shim/emulator.py")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("attention")
+
+
+def launcher_for(name: str, folder: Path, geometry: Geometry | None = None) -> Launcher:
+    """The package's own launcher on the emulator; outputs start NaN."""
+    memory = {"metal": metal, "cuda": cuda}[name].BACKEND.memory
+    prelude = METAL_PRELUDE if name == "metal" else WORDS + CUDA_FRAGMENTS
+    backend = Backend(name, emulator.Emulator(folder, memory), prelude, memory)
+    return Launcher(backend, geometry, poison=float("nan"))
+
+
+@pytest.fixture(params=["metal", "cuda"])
+def launcher(request: pytest.FixtureRequest, folder: Path) -> Launcher:
+    return launcher_for(request.param, folder)
+
+
+def run(launcher: Launcher, case: Case, spoil: bool = True) -> mx.array:
+    q, k, v, sinks = inputs(case)
+    if spoil:
+        k, v = poisoned(case, k), poisoned(case, v)
+    lengths = case.lengths[0] if len(case.lengths) == 1 else mx.array(case.lengths)
+    return launcher.attend(q, k, v, lengths, scale=case.scale, window=case.window, sinks=sinks)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_against_the_reference_with_nan_past_the_valid_keys(launcher: Launcher, case: Case) -> None:
+    found = run(launcher, case)
+    assert found.dtype == case.dtype
+    assert found.shape == truth(case).shape
+    assert error(found, truth(case)) < TOLERANCE[case.dtype]
+
+
+def test_what_lies_past_the_valid_keys_changes_no_bit(launcher: Launcher) -> None:
+    case = CASES[3]
+    assert mx.array_equal(run(launcher, case), run(launcher, case, spoil=False))
+
+
+def test_unaligned_buffers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's wide loads must notice; the emulator puts its guards so that no buffer is aligned."""
+    aligned = run(launcher_for("cuda", folder), CASES[3])
+    monkeypatch.setattr(emulator, "_GUARD", 62)
+    assert mx.array_equal(run(launcher_for("cuda", folder), CASES[3]), aligned)
+
+
+def test_nan_among_the_valid_keys_is_not_hidden(launcher: Launcher) -> None:
+    q, k, v, _ = inputs(CASES[2])
+    spoiled = mx.where(mx.arange(64)[:, None] == 40, mx.array(float("nan")), k)
+    found = launcher.attend(q, spoiled, v, 41, scale=1.0)
+    assert mx.isnan(found[:, :, -1]).all().item()  # the last query sees key 40
+    assert not mx.isnan(found[:, :, :-1]).any().item()
+
+
+def test_a_block_gives_the_rows_of_single_steps(launcher: Launcher) -> None:
+    """Within rounding: the keys are cut elsewhere."""
+    q, k, v, _ = inputs(CASES[2])
+    block = launcher.attend(q, k, v, 41, scale=0.1)
+    for i in range(5):
+        step = launcher.attend(q[:, :, i : i + 1], k, v, 37 + i, scale=0.1)
+        assert mx.allclose(step, block[:, :, i : i + 1], rtol=0, atol=2e-6)
+
+
+def test_a_query_that_sees_nothing_gives_zeros(launcher: Launcher) -> None:
+    q, k, v, _ = inputs(CASES[2])
+    found = launcher.attend(q, k, v, mx.array([2]), scale=1.0)
+    assert mx.array_equal(found[:, :, :3], mx.zeros((1, 4, 3, 64)))
+    assert (mx.abs(found[:, :, 3:]).sum(axis=-1) > 0).all().item()
+
+
+@pytest.mark.parametrize("name", ["metal", "cuda"])
+@pytest.mark.parametrize(
+    "geometry",
+    [Geometry(16, 16, 2), Geometry(32, 32, 4, groups=1), Geometry(64, 64, 8), Geometry(32, 16, 4)],
+    ids=lambda g: f"rows{g.rows}-keys{g.keys}-simds{g.simds}-groups{g.groups}",
+)
+def test_every_geometry(folder: Path, name: str, geometry: Geometry) -> None:
+    case = Case("bf16", (3, 1), 11, (133,), 160, 64)
+    found = run(launcher_for(name, folder, geometry), case)
+    assert error(found, truth(case)) < TOLERANCE[mx.bfloat16]
+
+
+@pytest.mark.parametrize("backend", [metal.BACKEND, cuda.BACKEND], ids=lambda b: b.name)
+@pytest.mark.parametrize("item", [2, 4])
+@pytest.mark.parametrize("size", SIZES)
+def test_the_chosen_geometry_fits_memory_and_sizes(size: int, item: int, backend: Backend) -> None:
+    for rows in (1, 16, 17, 33, 64, 65, 256):
+        chosen = geometry_for(rows, size, item, backend.memory)
+        sharing = chosen.simds * 16 // chosen.rows
+        assert chosen.threadgroup_bytes(size, item) <= backend.memory
+        assert chosen.simds * 16 % chosen.rows == 0
+        assert chosen.keys // 8 % sharing == 0
+        assert size // 8 % sharing == 0
+        assert chosen.rows >= min(rows, 64)
+
+
+def test_the_keys_are_split_for_a_whole_device() -> None:
+    chosen = geometry_for(64, 256, 2, cuda.BACKEND.memory)
+    assert chosen.splits(4, 64) == 33  # 132 threadgroups
+    assert chosen.splits(4, 128) == 16  # two of them for every part of the keys
+    assert chosen.splits(1, 64) == 64
+    assert chosen.splits(500, 64) == 1
+
+
+def test_the_emulated_sources_are_the_ones_that_are_sent() -> None:
+    assert metal.BACKEND.prelude == METAL_PRELUDE
+    assert metal.BACKEND.build is mx.fast.metal_kernel
+    assert cuda.BACKEND.prelude == CUDA_PRELUDE == CUDA_BUILTINS + CUDA_MMA + CUDA_FRAGMENTS
+    assert cuda.BACKEND.build is mx.fast.cuda_kernel
+    assert CUDA_MMA.count("asm volatile") == 2
+    assert "asm" not in CUDA_FRAGMENTS
+    sent: dict[str, str] = {}
+
+    def build(**arguments: str) -> object:
+        sent.update(arguments)
+        return lambda **_: []
+
+    Backend("metal", build, METAL_PRELUDE).kernel(Partial(0.125), (mx.float32,))
+    assert (sent["header"], sent["source"]) == (METAL_PRELUDE, Partial(0.125).source)
+    assert "1.250000000e-01f" in sent["source"]
+    assert "@" not in Partial(0.1).source + Combine(True).source + Combine().source
+
+
+def test_the_source_uses_only_builtins_that_mlx_lm_uses() -> None:
+    text = METAL_PRELUDE + Partial(1.0).source + Combine(True).source
+    used = set(re.findall(r"\b(?:simd_\w+|simdgroup_\w+|thread\w*_\w+|metal::\w+|fast::\w+)", text))
+    assert used - {"thread_id"} == {
+        "metal::exp",
+        "simd_shuffle_xor",
+        "simdgroup_index_in_threadgroup",
+        "thread_index_in_simdgroup",
+        "threadgroup_barrier",
+        "threadgroup_position_in_grid",
+    }
+
+
+def test_lengths_as_the_kernels_want_them() -> None:
+    assert valid_lengths(41, 1).tolist() == [41] * 4
+    assert valid_lengths(mx.array([3, 2]), 2).tolist() == [3, 2, 0, 0]
+    long = mx.array([1, 2, 3, 4, 5], dtype=mx.int32)
+    assert valid_lengths(long, 5) is long
