@@ -11,7 +11,7 @@ from .measure import WINDOW
 from .stages import STAGES
 from .table import worth_tables
 
-__all__ = ["render_html", "render_page", "render_table"]
+__all__ = ["render_facts", "render_html", "render_page", "render_table"]
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; }
@@ -61,7 +61,7 @@ def render_html(report: Report, title: str = "", sections: Sequence[str] = ()) -
             f"probability {escape(rates)} by position. Times are measured; the acceptance says "
             "nothing about any drafter.</p>"
         )
-    parts.append(_facts(report))
+    parts.append(render_facts(report))
     parts += sections
     parts += _speed(report)
     parts += _positions(report)
@@ -88,7 +88,8 @@ def _heading(report: Report, text: str) -> str:
     return f"<h2>{escape(text)}{' (simulated)' if report['simulated'] else ''}</h2>"
 
 
-def _facts(report: Report) -> str:
+def render_facts(report: Report) -> str:
+    """What ran, on what and how, as an HTML table."""
     device, settings = report["machine"], report["settings"]
     facts = {
         "machine": f"{device['device']} ({device['backend']}), {device['system']}",
@@ -179,10 +180,11 @@ def _windows(report: Report) -> list[str]:
     ]
     if not lines:
         return []
+    window = report["settings"].get("window", WINDOW)
     return [
         _heading(report, "Acceptance length over the text"),
         line_plot("acceptance length over the text", lines, lambda tau: f"{tau:.3g}"),
-        f'<p class="note">tau in the first, second, ... {WINDOW} tokens of the texts.</p>',
+        f'<p class="note">tau in the first, second, ... {window} tokens of the texts.</p>',
     ]
 
 

@@ -52,6 +52,7 @@ class Settings:
         warm_up: tokens generated before the first timed run of an opened variant.
         cool_down: seconds of rest before each variant's turn.
         stop_at_eos: end texts where the model ends them; else all have the full length.
+        window: tokens of a text that are taken together, to see whether acceptance decays.
     """
 
     lengths: tuple[int, ...] = (256,)
@@ -59,6 +60,7 @@ class Settings:
     warm_up: int = 16
     cool_down: float = 0.0
     stop_at_eos: bool = False
+    window: int = WINDOW
 
 
 @attrs.frozen
@@ -90,7 +92,9 @@ class Run:
         peak_bytes: most device memory held by MLX during the run, weights included.
         cycles, drafted, verified, accepted: counts; 0 for plain mlx-lm.
         verified_by_position, accepted_by_position: cycles, by draft position.
-        windows: (cycles, accepted) of the cycles that began in each `WINDOW` tokens of the text.
+        windows: (cycles, accepted) of the cycles that began in each window of the text.
+        repeated_by_window: as `repeated`, of the 8-grams that end in each window; plain mlx-lm has
+            it too.
         fell_back: why the drafter was given up; empty while it works.
         mismatch: the alarm, where acceptance says that drafter and target do not belong together.
         repeated: share of the text's 8-grams that were there before; texts that loop are easy.
@@ -116,6 +120,7 @@ class Run:
     verified_by_position: tuple[int, ...] = ()
     accepted_by_position: tuple[int, ...] = ()
     windows: tuple[tuple[int, int], ...] = ()
+    repeated_by_window: tuple[float, ...] = ()
     fell_back: str = ""
     mismatch: str = ""
     repeated: float = 0.0
@@ -212,7 +217,7 @@ def measure(
                     for index, prompt in enumerate(prompts):
                         raw = run_one(prompt.ids, length)
                         place = (variant.name, prompt.suite, index, length, repeat, len(runs))
-                        runs.append(_run(place, prompt, raw))
+                        runs.append(_run(place, prompt, raw, settings.window))
                         outputs.append(raw.tokens)
                         if variant.builder is None:
                             reference[(repeat, index, length)] = raw.tokens
@@ -285,9 +290,15 @@ def _speculative(pipeline: Pipeline, ids: Sequence[int], length: int, stop_at_eo
     return _Raw(tuple(tokens), first - begin, end - first, peak, tuple(events), stream.stats)
 
 
-def _run(place: tuple[str, str, int, int, int, int], prompt: EncodedPrompt, raw: _Raw) -> Run:
+def _run(
+    place: tuple[str, str, int, int, int, int], prompt: EncodedPrompt, raw: _Raw, window: int
+) -> Run:
     run = Run(*place, len(prompt.ids), len(raw.tokens), raw.prefill, raw.decode, raw.peak)
-    run = attrs.evolve(run, repeated=repeated_share(raw.tokens))
+    run = attrs.evolve(
+        run,
+        repeated=repeated_share(raw.tokens),
+        repeated_by_window=_repeated_by_window(raw.tokens, window),
+    )
     stats = raw.stats
     if stats is None:
         return run
@@ -299,7 +310,7 @@ def _run(place: tuple[str, str, int, int, int, int], prompt: EncodedPrompt, raw:
         accepted=stats.accepted,
         verified_by_position=tuple(stats.verified_by_position),
         accepted_by_position=tuple(stats.accepted_by_position),
-        windows=_windows(raw.events),
+        windows=_windows(raw.events, window),
         fell_back=stats.fell_back,
         mismatch=stats.mismatch,
     )
@@ -311,12 +322,27 @@ def repeated_share(tokens: Sequence[int], size: int = 8) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def _windows(events: Sequence[CycleEvent]) -> tuple[tuple[int, int], ...]:
+def _repeated_by_window(tokens: Sequence[int], window: int, size: int = 8) -> tuple[float, ...]:
+    """Share of the runs of `size` tokens ending in each window that were there before."""
+    seen: set[tuple[int, ...]] = set()
+    counts: list[list[int]] = []
+    for end in range(size, len(tokens) + 1):
+        gram = tuple(tokens[end - size : end])
+        place = (end - 1) // window
+        while len(counts) <= place:
+            counts.append([0, 0])
+        counts[place][0] += gram in seen
+        counts[place][1] += 1
+        seen.add(gram)
+    return tuple(again / total if total else 0.0 for again, total in counts)
+
+
+def _windows(events: Sequence[CycleEvent], size: int = WINDOW) -> tuple[tuple[int, int], ...]:
     windows: list[tuple[int, int]] = []
     written = 0
     for event in events:
         if event.index:
-            if len(windows) <= written // WINDOW:
+            if len(windows) <= written // size:
                 windows.append((0, 0))
             cycles, accepted = windows[-1]
             windows[-1] = (cycles + 1, accepted + event.accepted)

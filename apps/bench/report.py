@@ -28,6 +28,7 @@ __all__ = [
     "FORMAT",
     "Report",
     "Spread",
+    "head",
     "machine",
     "read_report",
     "run_bench",
@@ -113,6 +114,20 @@ def run_bench(
     return _report(subject, settings, runs, texts, times)
 
 
+def head(subject: Subject, settings: Settings) -> Report:
+    """What every report begins with: what ran, on what, and how."""
+    simulation = subject.simulation
+    return {
+        "format": FORMAT,
+        "simulated": None if simulation is None else attrs.asdict(simulation),
+        "target": subject.name,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "versions": {name: version(name) for name in ("draftloom", "mlx", "mlx-lm")},
+        "settings": attrs.asdict(settings),
+    }
+
+
 def _report(
     subject: Subject,
     settings: Settings,
@@ -120,16 +135,8 @@ def _report(
     texts: Sequence[Text],
     times: Sequence[StageTimes],
 ) -> Report:
-    simulation = subject.simulation
-    names = ("draftloom", "mlx", "mlx-lm")
     report: Report = {
-        "format": FORMAT,
-        "simulated": None if simulation is None else attrs.asdict(simulation),
-        "target": subject.name,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
-        "versions": {name: version(name) for name in names},
-        "settings": attrs.asdict(settings),
+        **head(subject, settings),
         "variants": [{"name": v.name, "parts": v.parts} for v in subject.variants],
         "runs": [attrs.asdict(run) for run in runs],
         "stages": [attrs.asdict(entry) for entry in times],
@@ -217,7 +224,7 @@ def _by_position(runs: Sequence[Report]) -> list[float]:
 
 
 def _by_window(runs: Sequence[Report]) -> list[float]:
-    """tau of the cycles that began in the first, second, ... `WINDOW` tokens of the texts."""
+    """tau of the cycles that began in the first, second, ... window of the texts."""
     longest = max((len(run["windows"]) for run in runs), default=0)
     counts = [[0, 0] for _ in range(longest)]
     for run in runs:

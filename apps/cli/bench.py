@@ -13,6 +13,14 @@ from rich.console import Console
 
 from draftloom.errors import UsageError
 
+from .bench_common import (
+    at_least,
+    check_writable,
+    read_prompts,
+    say_progress,
+    write_text,
+)
+from .bench_stability import stability
 from .bench_study import Study
 from .options import (
     DtypeOption,
@@ -31,7 +39,7 @@ if TYPE_CHECKING:
     from draftloom.builder import PipelineBuilder
     from draftloom.plugins import PluginManager
 
-__all__ = ["at_least", "bench_app", "check_writable", "say_progress", "write_text"]
+__all__ = ["bench_app"]
 
 bench_app = typer.Typer(
     help="Measure the target alone and pipelines, in one run.", pretty_exceptions_enable=False
@@ -252,13 +260,9 @@ def _real(
     builders: Sequence[tuple[str, PipelineBuilder]], choice: _PromptChoice
 ) -> tuple[Subject, list[EncodedPrompt]]:
     from draftloom.apps.bench.measure import encode_prompts
-    from draftloom.apps.bench.prompts import load_dataset, load_suite
     from draftloom.apps.bench.subjects import load_subject
 
-    suites = choice.suites or (() if choice.datasets else ("code",))
-    prompts = [prompt for name in suites for prompt in load_suite(name, choice.limit)]
-    for file in choice.datasets:
-        prompts += load_dataset(file, choice.limit)
+    prompts = read_prompts(choice.suites, choice.datasets, choice.limit)
     with busy("loading the target"):
         subject = load_subject(builders)
         return subject, encode_prompts(subject, prompts)
@@ -318,24 +322,6 @@ def _show(report: dict[str, Any], files: tuple[Path | None, Path | None]) -> Non
         write_text(html_file, render_html(report))
 
 
-def say_progress(what: str) -> None:
-    """What runs next, on a terminal."""
-    console = Console(stderr=True, highlight=False)
-    if console.is_terminal:
-        console.print(what, style="dim", markup=False)
-
-
-def at_least(least: int, **values: int) -> None:
-    """Refuse options below a number.
-
-    Raises:
-        UsageError: one is; names it.
-    """
-    for name, value in values.items():
-        if value < least:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
-
-
 def _lengths(text: str) -> tuple[int, ...]:
     try:
         found = sorted({int(part) for part in text.split(",")})
@@ -358,26 +344,7 @@ def _rates(text: str) -> tuple[float, ...]:
     return rates
 
 
-def check_writable(file: Path | None) -> None:
-    """Refuse a file that cannot be written, before anything is measured.
-
-    Raises:
-        UsageError: it is a folder, or its folder is not there.
-    """
-    if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
-        raise UsageError(f"{file} cannot be written", "give a file in a folder that exists")
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a file.
-
-    Raises:
-        UsageError: the disk refuses.
-    """
-    try:
-        file.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{file} cannot be written: {error.strerror or error}") from error
+bench_app.command()(stability)
 
 
 @bench_app.command()

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from draftloom.errors import UsageError
 
-from .bench import at_least, check_writable, say_progress, write_text
+from .bench_common import at_least, check_writable, say_progress, write_text
 from .options import DrafterOption, DtypeOption, KernelOption, PipelineFlags, TargetOption
 from .output import busy, fallback_on_stderr, say_note
 from .state import state_of

@@ -86,6 +86,10 @@ BAD = {
     "block": (("bench", "--block-size", "0"), "block size"),
     "twice": (("bench", "--width", "2", "--width", "2"), "two variants"),
     "ablate": (("bench", "--ablate", "--width", "2", "--width", "3"), "takes one pipeline"),
+    "types": (("bench", "stability", "--types", "float32,"), "--types cannot be read"),
+    "type": (("bench", "stability", "--types", "float31"), "did you mean 'float32'"),
+    "window": (("bench", "stability", "--window", "4"), "--window must be at least 8"),
+    "no draft": (("bench", "stability", "--drafter", "none"), "drafts nothing"),
     "pipeline": (("bench", "--pipeline", "missing.toml"), "cannot be read"),
     "json": (("bench", "--json", "no/such/folder.json"), "cannot be written"),
     "no shape": (("bench", "--simulate-acceptance", "0.5"), "needs a shape"),
@@ -145,16 +149,12 @@ addEventListener('load', () => {
 </script></body>"""
 
 
-def test_page_in_a_browser(cli: Callable[..., Any], tmp_path: Path) -> None:
+def drawn_in_a_browser(page: Path, folder: Path) -> list[list[Any]]:
+    """(label, marks inside, marks) of every plot of a page, which must load without a word."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser")
     if browser is None:
         pytest.skip("no chromium on this machine")
-    page = tmp_path / "page.html"
-    done = cli(*SIMULATED, "--ablate", "--html", page)
-    assert done.code == 0
-    assert "not measured: ssm: qwen3_5 has no Mamba-2 layers" in done.err
-    assert re.search(r"^simulated: gated-delta=chunked +[\d.]+", done.out, re.MULTILINE)
-    probed = tmp_path / "probed.html"
+    probed = folder / "probed.html"
     text = page.read_text(encoding="utf-8")
     text = text.replace("style-src 'unsafe-inline'", "style-src 'unsafe-inline'; script-src *")
     text = text.replace("script-src *", "script-src 'unsafe-inline'").replace("</body>", PROBE)
@@ -165,18 +165,43 @@ def test_page_in_a_browser(cli: Callable[..., Any], tmp_path: Path) -> None:
                 browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
                 "--no-first-run", "--disable-background-networking",
                 "--disable-component-update", "--disable-sync", "--enable-logging=stderr",
-                f"--user-data-dir={tmp_path / file.stem}", "--dump-dom", file.as_uri(),
+                f"--user-data-dir={folder / file.stem}", "--dump-dom", file.as_uri(),
             ],
             capture_output=True, text=True, timeout=120, check=True,
         )  # fmt: skip
         assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
     found = re.search(r"<title>PROBED(.*?)</title>", done.stdout)
     assert found, "the page did not finish loading"
-    drawn = json.loads(found[1].replace("&quot;", '"'))
+    drawn: list[list[Any]] = json.loads(found[1].replace("&quot;", '"'))
+    assert all(inside == total > 0 for _, inside, total in drawn)
+    return drawn
+
+
+def test_page_in_a_browser(cli: Callable[..., Any], tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    done = cli(*SIMULATED, "--ablate", "--html", page)
+    assert done.code == 0
+    assert "not measured: ssm: qwen3_5 has no Mamba-2 layers" in done.err
+    assert re.search(r"^simulated: gated-delta=chunked +[\d.]+", done.out, re.MULTILINE)
+    drawn = drawn_in_a_browser(page, tmp_path)
     assert [label for label, *_ in drawn] == [
         "decoded tokens a second by length",
         "acceptance by draft position",
         "milliseconds a cycle by stage",
         "what each kernel is worth, 5 tokens",
     ]
-    assert all(inside == total > 0 for _, inside, total in drawn)
+
+
+def test_stability(cli: Callable[..., Any], tiny: Path, tmp_path: Path) -> None:
+    out, page = tmp_path / "s.json", tmp_path / "s.html"
+    done = cli(
+        "bench", "stability", "--target", tiny, "--drafter", "prompt-lookup", "--length", 30,
+        "--window", 10, "--limit", 1, "--json", out, "--html", page,
+    )  # fmt: skip
+    assert (done.code, done.err) == (0, "")
+    assert re.search(r"^10-19 +\d\.\d\d", done.out, re.MULTILINE)
+    report = json.loads(out.read_text())
+    assert [entry["type"] for entry in report["stability"]] == ["float32", "bfloat16"]
+    assert [len(entry["windows"]) for entry in report["stability"]] == [3, 3]
+    labels = [label for label, *_ in drawn_in_a_browser(page, tmp_path)]
+    assert labels == ["acceptance length over the text", "share that repeats"]
