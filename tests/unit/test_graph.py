@@ -227,18 +227,18 @@ def run(stage: Any, order: list[str]) -> list[str]:
 def test_stages_of_the_standard_cycle() -> None:
     plan, order = compiled(standard())
     assert run(plan.propose, order) == ["width", "draft"]
-    assert run(plan.verify, order) == ["speculate", "verify", "process", "accept", "read"]
-    assert run(plan.settle, order) == ["rollback", "observe"]
+    assert run(plan.verify, order) == ["speculate", "verify", "process", "accept"]
+    assert run(plan.settle, order) == ["read", "rollback", "observe"]
 
 
 @pytest.mark.parametrize(
     ("place", "stage", "expected"),
     [
         ("draft", "propose", ["width", "draft", "probe"]),
-        ("verify", "verify", ["speculate", "verify", "probe", "process", "accept", "read"]),
-        ("accept", "verify", ["speculate", "verify", "process", "accept", "probe", "read"]),
-        ("read", "settle", ["probe", "rollback", "observe"]),
-        ("rollback", "settle", ["rollback", "probe", "observe"]),
+        ("verify", "verify", ["speculate", "verify", "probe", "process", "accept"]),
+        ("accept", "verify", ["speculate", "verify", "process", "accept", "probe"]),
+        ("read", "settle", ["read", "probe", "rollback", "observe"]),
+        ("rollback", "settle", ["read", "rollback", "probe", "observe"]),
     ],
 )
 def test_inserted_nodes_run_in_the_stage_of_their_place(
@@ -261,7 +261,7 @@ def test_values_go_from_producer_to_consumer() -> None:
     calls["read"] = lambda draft, logits, n, t: ("outcome", "new anchor")
     plan = graph.compile(calls)
     plan.set("anchor", "old anchor")
-    for step in (*plan.propose, *plan.verify):
+    for step in (*plan.propose, *plan.verify, *plan.settle):
         step()
     assert seen["draft"] == ("filtered", ("old anchor", "width"))
     assert seen["verify"] == ("block", "spec")
