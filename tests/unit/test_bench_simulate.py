@@ -8,6 +8,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from draftloom import CycleEvent, Draft, ModelInfo, PipelineBuilder, SamplingParams, SamplingState
+from draftloom.adapters.base import make_skeleton
 from draftloom.apps.bench.measure import EncodedPrompt, Settings, _windows, measure
 from draftloom.apps.bench.simulate import (
     SimulatedAcceptance,
@@ -20,6 +21,7 @@ from draftloom.apps.bench.simulate import (
 )
 from draftloom.apps.bench.stages import STAGES, _Clock, _instrumented, time_stages
 from draftloom.apps.bench.subjects import Subject
+from draftloom.drafters.dflash import DFlashModel
 from draftloom.drafters.formats import describe_checkpoint
 from draftloom.errors import UnknownNameError, UsageError
 from draftloom.plugins import PluginManager
@@ -80,6 +82,30 @@ def test_shapes_describe_a_target_and_a_drafter_that_fit(name: str) -> None:
     assert list(config.problems(target)) == []
     assert len(set(config.tap_layers)) == shape["drafter"]["taps"]
     assert max(config.tap_layers) < target.num_layers
+
+
+PARAMETERS = {  # in 10^9, of target and drafter; see the sources in shapes.toml
+    "qwen3-8b": (8.19, 1.05),
+    "qwen3.5-4b": (4.21, 0.634425856),
+    "qwen3.5-9b": (8.95, 1.292),
+    "qwen3.5-27b": (26.9, 1.730),
+    "qwen3.5-35b-a3b": (34.7, 0.474),
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_shapes_have_as_many_parameters_as_the_public_models(name: str) -> None:
+    shape = _shapes()[name]
+    skeleton, _ = make_skeleton(ModelInfo(name, None, shape["target"]))
+    config = describe_checkpoint(
+        ModelInfo(name, None, drafter_config(shape["target"], shape["drafter"]))
+    )
+    assert config is not None
+    found = [
+        sum(value.size for _, value in tree_flatten(module.parameters())) / 10**9
+        for module in (skeleton, DFlashModel(config))
+    ]
+    assert found == pytest.approx(list(PARAMETERS[name]), rel=0.003)
 
 
 @pytest.fixture(scope="module")
