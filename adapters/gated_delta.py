@@ -13,11 +13,12 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.gated_delta import compute_g, normalize_qk
 
 from draftloom.device import on_cuda
 from draftloom.kernel_settings import AUTO, OFF, KernelSettings
 from draftloom.kernels.gated_delta import prefer, prefill, replay, replay_verify, verify
+from draftloom.kernels.gated_delta_inputs import Layer, Projected, prepare
+from draftloom.kernels.gated_norm import normalise
 from draftloom.recording import Deferred, RecordingEntry
 
 __all__ = ["Projections", "RecordingMixer", "project_qwen3_5", "project_qwen3_next"]
@@ -64,10 +65,13 @@ class RecordingMixer(nn.Module):
 
     def tune(self, settings: KernelSettings) -> None:
         """Choose the kernels: ``gated-delta`` by name also serves the prompt; ``off`` leaves the
-        prompt to the mixer itself, and verify to the array path."""
+        prompt to the mixer itself, and verify to the array path. ``gated-delta-inputs`` and
+        ``gated-norm`` are what stands before and behind the recurrence."""
         use = prefer(settings.use("gated-delta"))
         object.__setattr__(self, "_use", use)
         object.__setattr__(self, "_replay", partial(replay, use=use))
+        object.__setattr__(self, "_inputs", settings.use("gated-delta-inputs"))
+        object.__setattr__(self, "_norm", settings.use("gated-norm"))
         object.__setattr__(self, "_prompt", _prompts_served(settings.choice("gated-delta")))
 
     def __call__(
@@ -78,17 +82,30 @@ class RecordingMixer(nn.Module):
         if cache is None or not (recording or (self._prompt and cache.lengths is None)):
             return self.mixer(inputs, mask, cache)
         qkv, z, b, a = self._project(self.mixer, inputs)
-        window, (q, k, v) = _convolve(self.mixer, qkv, mask, cache)
-        g = compute_g(self.mixer.A_log, a, self.mixer.dt_bias)
-        block = (q, k, v, g, mx.sigmoid(b))
+        projected = Projected(qkv, a, b)
+        prepared = prepare(self._layer(), projected, cache[0], mask, use=self._inputs)
+        block, window = prepared[:5], prepared.window
+        cache[0] = mx.contiguous(window[:, -(self.mixer.conv_kernel_size - 1) :, :])
         if isinstance(cache, RecordingEntry):
             output = self._record(cache, block, mask, window)
         else:
             state = _state(cache, block)
             output, cache[1] = prefill(*block, state, mask, use=self._use)
         cache.advance(inputs.shape[1])
-        output = self.mixer.norm(output, z)
+        output = normalise(self.mixer.norm, output, z, use=self._norm)
         return self.mixer.out_proj(output.reshape(*inputs.shape[:2], -1))
+
+    def _layer(self) -> Layer:
+        mixer: Any = self.mixer
+        return Layer(
+            conv=mixer.conv1d,
+            a_log=mixer.A_log,
+            dt_bias=mixer.dt_bias,
+            key_heads=mixer.num_k_heads,
+            value_heads=mixer.num_v_heads,
+            key_size=mixer.head_k_dim,
+            value_size=mixer.head_v_dim,
+        )
 
     def _record(
         self, cache: RecordingEntry, block: Block, mask: mx.array | None, window: mx.array
@@ -131,31 +148,3 @@ def _prompts_served(choice: str) -> bool:
     to keep; on CUDA the kernel of the same rule takes its place. A kernel that was named runs.
     """
     return on_cuda() if choice == AUTO else choice != OFF
-
-
-def _convolve(
-    mixer: Any, qkv: mx.array, mask: mx.array | None, cache: Any
-) -> tuple[mx.array, tuple[mx.array, mx.array, mx.array]]:
-    """The short convolution over q|k|v [B, T, C], in mlx-lm's order of operations.
-
-    Returns:
-        The convolution's input [B, W + T, C], whose end becomes slot 0 of the cache; and q, k
-        [B, T, Hk, Dk], v [B, T, Hv, Dv], q and k normalised, q scaled.
-    """
-    rows, tokens, channels = qkv.shape
-    kept = mixer.conv_kernel_size - 1
-    before = cache[0]
-    if before is None:
-        before = mx.zeros((rows, kept, channels), dtype=qkv.dtype)
-    if mask is not None:
-        qkv = mx.where(mask[..., None], qkv, 0)
-    window = mx.concatenate([before, qkv], axis=1)
-    cache[0] = mx.contiguous(window[:, -kept:, :])
-    mixed = nn.silu(mixer.conv1d(window))
-    size = mixer.key_dim
-    q, k, v = mx.split(mixed, [size, 2 * size], -1)
-    q = q.reshape(rows, tokens, mixer.num_k_heads, mixer.head_k_dim)
-    k = k.reshape(rows, tokens, mixer.num_k_heads, mixer.head_k_dim)
-    v = v.reshape(rows, tokens, mixer.num_v_heads, mixer.head_v_dim)
-    q, k = normalize_qk(q, k, inv_scale=mixer.head_k_dim**-0.5, eps=1e-6)
-    return window, (q, k, v)

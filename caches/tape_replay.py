@@ -30,10 +30,6 @@ from .trim import TrimRollback
 
 __all__ = ["TapeReplayRollback"]
 
-DEFERS_ON_GPU = False
-"""Whether replays are deferred on a GPU where nobody says. It saves a launch a layer and cycle; it
-was not timed in the cycle on one yet. On the CPU there is no launch to save: they are not."""
-
 _Left = WeakKeyDictionary[ArraysCache, Deferred]
 
 
@@ -70,7 +66,7 @@ class TapeReplayRollback:
         elif self._given is not None:
             self._defers = self._given
         else:
-            self._defers = DEFERS_ON_GPU and mx.default_device() == mx.Device(mx.gpu)
+            self._defers = gated_delta.deferral.by_default()
 
     def begin(self, entry: Any, block: mx.array) -> LayerSpeculation:
         """Let the layer record block [B, K+1] instead of writing its cache. A block without draft

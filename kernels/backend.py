@@ -59,12 +59,18 @@ class Backend:
     memory: int = 32 * 1024
 
     def kernel(
-        self, variant: KernelSource, dtypes: tuple[mx.Dtype, ...]
+        self, variant: KernelSource, dtypes: tuple[mx.Dtype, ...], strided: bool = False
     ) -> Callable[..., list[mx.array]]:
         """The kernel of a variant for inputs of these dtypes; MLX compiles it at its first launch.
 
         MLX's CUDA backend tells compiled kernels apart, in memory and on disk, by their name and
         template values alone. So the name holds a digest of all that the code depends on.
+
+        Args:
+            variant: the body.
+            dtypes: of the inputs.
+            strided: whether the body reads every input through its strides, so that slices need
+                not be copied first.
         """
         text = "\n".join([self.prelude, variant.source, *map(str, dtypes)])
         digest = hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -74,4 +80,5 @@ class Backend:
             output_names=variant.outputs,
             source=variant.source,
             header=self.prelude,
+            ensure_row_contiguous=not strided,
         )

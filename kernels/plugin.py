@@ -8,6 +8,8 @@ from draftloom.hookspecs import Register, hookimpl
 __all__ = ["register_kernels"]
 
 _GATED_DELTA = "draftloom.kernels.gated_delta"
+_INPUTS = "draftloom.kernels.gated_delta_inputs"
+_NORM = "draftloom.kernels.gated_norm"
 _PACKED = "draftloom.kernels.packed_projections"
 _ATTENTION = "draftloom.kernels.verify_attention"
 _KERNELS = (
@@ -15,6 +17,16 @@ _KERNELS = (
     ("gated-delta/chunked", _GATED_DELTA, "a chunk of tokens at a time, differentiable"),
     ("gated-delta/cuda", _GATED_DELTA, "one launch a block, CUDA"),
     ("gated-delta/metal", _GATED_DELTA, "one launch a block, Metal"),
+    ("gated-delta-inputs/array", _INPUTS, "convolution to gates in mlx-lm's order of operations"),
+    ("gated-delta-inputs/cuda", _INPUTS, "convolution, SiLU, norms, gates in one launch, CUDA"),
+    (
+        "gated-delta-inputs/metal",
+        _INPUTS,
+        "convolution, SiLU, norms, gates in one launch, Metal",
+    ),
+    ("gated-norm/array", _NORM, "the layer's own norm"),
+    ("gated-norm/cuda", _NORM, "RMS norm and gate in one launch, CUDA"),
+    ("gated-norm/metal", _NORM, "RMS norm and gate in one launch, Metal"),
     ("packed-projections/packed", _PACKED, "every kind of place as one product"),
     ("packed-projections/attention", _PACKED, "queries, keys and values as one product"),
     ("packed-projections/gated-delta", _PACKED, "inputs of gated-delta layers as one product"),
@@ -22,7 +34,7 @@ _KERNELS = (
     ("packed-projections/measure", _PACKED, "the kinds that are faster here, timed on load"),
     (
         "replay-verify/on",
-        f"{_GATED_DELTA}:replay_verify",
+        f"{_GATED_DELTA}:deferral",
         "the replay of the last block waits for the next one: one launch, one state",
     ),
     ("packed-drafter/packed", _PACKED, "what of a drafter reads one input as one product"),

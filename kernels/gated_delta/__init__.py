@@ -11,6 +11,7 @@ Importing this package compiles nothing: a kernel is compiled at its first launc
 - :func:`prefer` names an implementation to take wherever it serves a request.
 """
 
+from . import deferral
 from .dispatch import (
     IMPLEMENTATIONS,
     Choice,
@@ -33,6 +34,7 @@ __all__ = [
     "Tape",
     "choose",
     "concat_tapes",
+    "deferral",
     "prefer",
     "prefill",
     "replay",

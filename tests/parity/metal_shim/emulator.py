@@ -119,10 +119,13 @@ class Emulator:
     Attributes:
         folder: where sources and libraries go.
         memory: threadgroup memory allowed, bytes; Metal's limit unless another GPU's is emulated.
+        gap: elements of NaN between the rows of every input for kernels
+            that ask for inputs as they lie.
     """
 
     folder: Path
     memory: int = METAL_THREADGROUP_BYTES
+    gap: int = 0
 
     def __call__(
         self,
@@ -132,6 +135,7 @@ class Emulator:
         output_names: Sequence[str],
         source: str,
         header: str = "",
+        ensure_row_contiguous: bool = True,
     ) -> Callable[..., list[mx.array]]:
         """A kernel with MLX's calling convention; compiled at its first launch per dtype and
         template values.
@@ -151,12 +155,15 @@ class Emulator:
             names = list(zip([*input_names, *output_names], dtypes, strict=True))
             text = _program(header, source, names, len(input_names), template)
             library = self._compile(name, text)
-            held = [_guarded(_bytes(x)) for x in inputs]
-            shapes = [
-                _guarded(np.array(x.shape, dtype=np.int32).tobytes())
-                for x, n in zip(inputs, input_names, strict=True)
-                if f"{n}_shape" in source
-            ]
+            gap = 0 if ensure_row_contiguous else self.gap
+            laid = [_laid_out(x, gap) for x in inputs]
+            held = [_guarded(raw) for raw, _ in laid]
+            shapes = []
+            for x, (_, strides), n in zip(inputs, laid, input_names, strict=True):
+                if f"{n}_shape" in source:
+                    shapes.append(_guarded(np.array(x.shape, dtype=np.int32).tobytes()))
+                if f"{n}_strides" in source:
+                    shapes.append(_guarded(np.array(strides, dtype=np.int64).tobytes()))
             outputs = [
                 _guarded(_initial(shape, dtype, init_value), _PATTERN)
                 for shape, dtype in zip(output_shapes, output_dtypes, strict=True)
@@ -202,6 +209,10 @@ def _program(
         if f"{name}_shape" in source:
             parameters.append(f"const constant int* {name}_shape")
             arguments.append(f"static_cast<int*>(b[{index}])")
+            index += 1
+        if f"{name}_strides" in source:
+            parameters.append(f"const constant int64_t* {name}_strides")
+            arguments.append(f"static_cast<int64_t*>(b[{index}])")
             index += 1
     fields = []
     for position in _POSITIONS:
@@ -262,6 +273,20 @@ def _bytes(x: mx.array) -> bytes:
     if x.dtype == mx.bfloat16:
         return np.array(x.view(mx.uint16)).tobytes()
     return np.array(x).tobytes()
+
+
+def _laid_out(x: mx.array, gap: int) -> tuple[bytes, list[int]]:
+    """Bytes and strides (in elements) of an input whose rows lie `gap` elements apart."""
+    if gap and x.ndim:
+        fill = mx.array(True) if x.dtype == mx.bool_ else mx.array(float("nan"), x.dtype)
+        sides = [(0, 0)] * (x.ndim - 1) + [(0, gap)]
+        padded = mx.pad(x, sides, constant_values=fill)
+        return _bytes(padded), _strides(padded.shape)
+    return _bytes(x), _strides(x.shape)
+
+
+def _strides(shape: Sequence[int]) -> list[int]:
+    return [int(np.prod(shape[i + 1 :], dtype=np.int64)) for i in range(len(shape))]
 
 
 def _array(raw: bytes, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:

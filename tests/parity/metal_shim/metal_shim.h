@@ -130,10 +130,6 @@ inline float simd_max(float value) {
   return best;
 }
 
-namespace metal {
-inline float exp(float x) { return std::exp(x); }
-}  // namespace metal
-
 inline void threadgroup_barrier(mem_flags) {
   const uint64_t mine = ++shim::machine.now->barriers;
   ++shim::machine.progress;
@@ -150,6 +146,11 @@ extern "C" {
 extern char __start_threadgroup_memory[] __attribute__((weak));
 extern char __stop_threadgroup_memory[] __attribute__((weak));
 }
+
+namespace metal {
+inline float exp(float x) { return std::exp(x); }
+inline float rsqrt(float x) { return 1.0f / std::sqrt(x); }
+}  // namespace metal
 
 #define device
 #define constant

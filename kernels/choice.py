@@ -1,0 +1,93 @@
+"""Which implementation of an operation serves a request: one rule for small operations.
+
+Array code serves everything. A kernel serves what it says it supports, where it was named, or,
+where nothing was named, on backends on which it was timed and found to pay.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import attrs
+
+__all__ = ["ARRAY", "Choice", "Operation"]
+
+ARRAY = "array"
+_log = logging.getLogger("draftloom.kernels")
+
+
+@attrs.frozen
+class Choice:
+    """What was decided.
+
+    Attributes:
+        name: ``array``, the name of a kernel, or a third party's.
+        reason: one sentence for people.
+        implementation: the object that runs it.
+    """
+
+    name: str
+    reason: str
+    implementation: Any
+
+
+@attrs.frozen(eq=False)
+class Operation:
+    """The implementations of an operation.
+
+    Attributes:
+        name: as registered.
+        array: runs it in array code.
+        kernels: by backend: modules with ``why_not_here()``, ``supports(request)`` (None or why
+            not) and ``LAUNCHER``, which runs it.
+        timed: names of kernels that were timed and found to pay: `auto` runs those.
+    """
+
+    name: str
+    array: Any
+    kernels: Mapping[str, Any]
+    timed: frozenset[str]
+
+    def default(self) -> str:
+        """What `auto` runs on the default device."""
+        here = (n for n in sorted(self.timed) if self.kernels[n].why_not_here() is None)
+        return next(here, ARRAY)
+
+    def choose(self, request: Any, use: Any = None) -> Choice:
+        """The implementation that serves a request; the same one is decided, and logged, once.
+
+        Args:
+            request: what the call asks; hashable.
+            use: ``array`` or the name of a kernel; a third party's object with ``name``,
+                ``supports(request)`` and what runs the operation; None to choose.
+
+        Returns:
+            The choice. What is wanted and does not serve the request gives way to array code.
+
+        Raises:
+            ValueError: if ``use`` is a name that is no implementation.
+        """
+        return _choose(self, request, self.default() if use is None else use, use is None)
+
+
+@lru_cache(maxsize=1024)
+def _choose(operation: Operation, request: Any, wanted: Any, chosen: bool) -> Choice:
+    if wanted == ARRAY:
+        reason = "no kernel was found to pay here" if chosen else "it was asked for"
+        choice = Choice(ARRAY, reason, operation.array)
+    else:
+        if isinstance(wanted, str) and wanted not in operation.kernels:
+            known = (ARRAY, *operation.kernels)
+            raise ValueError(f"no implementation {wanted!r} of {operation.name}; there are {known}")
+        own = not isinstance(wanted, str)
+        name, one = (wanted.name, wanted) if own else (wanted, operation.kernels[wanted])
+        refused = one.supports(request)
+        if refused is None:
+            choice = Choice(name, "it serves this layer", one if own else one.LAUNCHER)
+        else:
+            choice = Choice(ARRAY, f"not {name}: {refused}", operation.array)
+    _log.info("%s: %s (%s)", operation.name, choice.name, choice.reason)
+    return choice

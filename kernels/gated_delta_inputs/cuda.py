@@ -1,0 +1,41 @@
+"""The kernel on CUDA (MLX-CUDA on Linux)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import mlx.core as mx
+
+from draftloom.kernels.backend import Backend
+from draftloom.kernels.check import Check
+from draftloom.kernels.gated_delta.cuda import why_not_here
+from draftloom.kernels.gated_delta.targets import why_not_for
+
+from .launch import Launcher, Request, unsupported
+from .source import CUDA_PRELUDE
+
+__all__ = ["BACKEND", "LAUNCHER", "by_default", "checks", "supports", "why_not_for", "why_not_here"]
+
+BACKEND = Backend("cuda", mx.fast.cuda_kernel, CUDA_PRELUDE)
+LAUNCHER = Launcher(BACKEND)
+
+
+def by_default() -> bool:
+    """Whether `auto` takes this kernel here."""
+    from .dispatch import OPERATION
+
+    return OPERATION.default() == "cuda"
+
+
+def checks() -> Iterator[Check]:
+    """Parity with the reference."""
+    from .checks import checks_of
+
+    return checks_of("cuda")
+
+
+def supports(request: Request) -> str | None:
+    """None if this kernel can serve the request here, else the reason why not."""
+    if request.device != "gpu":
+        return "the default device is the CPU"
+    return why_not_here() or unsupported(request)

@@ -1,0 +1,40 @@
+"""Runs the operation by the implementation that serves a call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+
+from draftloom.kernels.choice import ARRAY, Operation
+
+from . import array, cuda, metal
+from .launch import Request
+
+__all__ = ["OPERATION", "TIMED", "normalise"]
+
+TIMED: frozenset[str] = frozenset()
+"""Backends on which the kernel was timed and found to pay: there `auto` runs it. None so far."""
+
+OPERATION = Operation("gated-norm", array, {"metal": metal, "cuda": cuda}, TIMED)
+
+
+def normalise(norm: Any, y: mx.array, z: mx.array, *, use: Any = None) -> mx.array:
+    """RMS norm of every head of y, times SiLU of its gate.
+
+    Args:
+        norm: the layer's module: ``weight`` [Dv] and ``eps``, called with y and z.
+        y: [B, T, Hv, Dv].
+        z: [B, T, Hv, Dv], the gates before SiLU.
+        use: as `draftloom.kernels.choice.Operation.choose`.
+
+    Returns:
+        [B, T, Hv, Dv] in y's dtype.
+    """
+    if (OPERATION.default() if use is None else use) == ARRAY:
+        return array.normalise(norm, y, z)
+    device = "gpu" if mx.default_device() == mx.Device(mx.gpu) else "cpu"
+    plain = hasattr(norm, "eps") and set(norm.parameters()) == {"weight"}
+    request = Request(y.dtype, y.shape[-1], plain, device)
+    output: mx.array = OPERATION.choose(request, use).implementation.normalise(norm, y, z)
+    return output

@@ -1,0 +1,85 @@
+"""Plans and launches the kernel of :mod:`.source` for one backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import attrs
+import mlx.core as mx
+
+from draftloom.kernels.backend import Backend
+
+from .source import Variant
+
+__all__ = ["Launcher", "Request", "unsupported"]
+
+_FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+
+
+@attrs.frozen
+class Request:
+    """What a call asks of a kernel.
+
+    Attributes:
+        dtype: of y.
+        size: Dv.
+        plain: whether the norm has a weight and an epsilon, and nothing else.
+        device: "cpu" or "gpu", the default device.
+    """
+
+    dtype: mx.Dtype
+    size: int
+    plain: bool
+    device: str
+
+
+def unsupported(request: Request) -> str | None:
+    """Why the kernel body cannot serve a request, or None if it can."""
+    if request.size % 32 or not 32 <= request.size <= 256:
+        return f"Dv = {request.size}: the kernel needs a multiple of 32 up to 256"
+    if request.dtype not in _FLOATS:
+        return f"dtype {request.dtype}: the kernel takes float32, float16 and bfloat16"
+    if not request.plain:
+        return "the layer's norm is not an RMS norm with a weight and an epsilon"
+    return None
+
+
+@lru_cache(maxsize=512)
+def _plan(
+    backend: Backend, variant: Variant, dtypes: tuple[mx.Dtype, ...], shape: tuple[int, ...]
+) -> tuple[Callable[..., list[mx.array]], dict[str, Any]]:
+    """What is the same in every launch on equal shapes and dtypes."""
+    rows, tokens, heads, size = shape
+    simds = next(n for n in (4, 2, 1) if heads % n == 0)
+    return backend.kernel(variant, dtypes, strided=True), {
+        "template": [("QT", dtypes[0]), ("Hv", heads), ("Dv", size), ("SIMDS", simds)],
+        "grid": (32 * rows * tokens, heads, 1),
+        "threadgroup": (32, simds, 1),
+        "output_shapes": [shape],
+        "output_dtypes": [dtypes[0]],
+    }
+
+
+@attrs.frozen
+class Launcher:
+    """The operation on one backend.
+
+    Attributes:
+        backend: who compiles.
+        poison: fill outputs with this value first (tests find unwritten elements so); None leaves
+            them as allocated.
+    """
+
+    backend: Backend
+    poison: float | None = None
+
+    def normalise(self, norm: Any, y: mx.array, z: mx.array) -> mx.array:
+        """As :func:`..dispatch.normalise`, in one launch."""
+        inputs = [y, z, norm.weight]
+        dtypes = tuple([x.dtype for x in inputs])
+        kernel, arguments = _plan(self.backend, Variant(float(norm.eps)), dtypes, y.shape)
+        if self.poison is None:
+            return kernel(inputs=inputs, **arguments)[0]
+        return kernel(inputs=inputs, init_value=self.poison, **arguments)[0]
