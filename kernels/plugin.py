@@ -10,8 +10,9 @@ __all__ = ["register_kernels"]
 _GATED_DELTA = "draftloom.kernels.gated_delta"
 _INPUTS = "draftloom.kernels.gated_delta_inputs"
 _NORM = "draftloom.kernels.gated_norm"
-_PACKED = "draftloom.kernels.packed_projections"
 _ATTENTION = "draftloom.kernels.verify_attention"
+_PACKED = "draftloom.kernels.packed_projections.target"
+_PACKED_DRAFTER = "draftloom.kernels.packed_projections.drafter"
 _KERNELS = (
     ("gated-delta/array", _GATED_DELTA, "token by token, in mlx-lm's order of operations"),
     ("gated-delta/chunked", _GATED_DELTA, "a chunk of tokens at a time, differentiable"),
@@ -37,11 +38,15 @@ _KERNELS = (
         f"{_GATED_DELTA}:deferral",
         "the replay of the last block waits for the next one: one launch, one state",
     ),
-    ("packed-drafter/packed", _PACKED, "what of a drafter reads one input as one product"),
-    ("packed-drafter/attention", _PACKED, "q, k and v of a block as one product"),
-    ("packed-drafter/context", _PACKED, "k and v of a context, of all layers, as one product"),
-    ("packed-drafter/mlp", _PACKED, "gate and up as one product"),
-    ("packed-drafter/measure", _PACKED, "what is faster here, timed on load"),
+    ("packed-drafter/packed", _PACKED_DRAFTER, "what of a drafter reads one input as one product"),
+    ("packed-drafter/attention", _PACKED_DRAFTER, "q, k and v of a block as one product"),
+    (
+        "packed-drafter/context",
+        _PACKED_DRAFTER,
+        "k and v of a context, of all layers, as one product",
+    ),
+    ("packed-drafter/mlp", _PACKED_DRAFTER, "gate and up as one product"),
+    ("packed-drafter/measure", _PACKED_DRAFTER, "what is faster here, timed on load"),
     ("ssm/stepwise", "draftloom.kernels.ssm", "Mamba-2 verifies token by token, as it decodes"),
     ("ssm/block", "draftloom.kernels.ssm", "Mamba-2 verifies a block at once, as mlx-lm does"),
     ("verify-attention/array", _ATTENTION, "MLX's own attention"),

@@ -25,6 +25,8 @@ from mlx_lm.utils import _get_classes
 from draftloom.builder import PipelineBuilder
 from draftloom.contracts import BindContext, ComponentInfo, Draft, Preserves
 from draftloom.drafters.dflash import DFlashDrafter, DFlashModel, LoadedDrafter
+from draftloom.drafters.dflash.one_product import OPERATION as PACKED_DRAFTER
+from draftloom.drafters.dflash.one_product import pack_network
 from draftloom.errors import UnknownNameError, UsageError
 from draftloom.hookspecs import Register, hookimpl
 from draftloom.plugins import PluginManager
@@ -132,6 +134,7 @@ class SimulatedDFlash(DFlashDrafter):
         """Make the weights, in the type that the target computes in."""
         network = DFlashModel(self.description)
         randomize(network, self._seed + 1, context.target.embed(mx.array([[0]])).dtype)
+        pack_network(network, context.kernels.use(PACKED_DRAFTER, off="off"))
         self._loaded = LoadedDrafter(self.description, network, context.target)
 
 

@@ -5,41 +5,23 @@
 - :class:`ProductStack` does so for every layer of a network, with a product over all of them for
   an input that they share.
 - :func:`decide` says which groups of layers it is done for. Implementations of
-  ``packed-projections`` and ``packed-drafter`` are plans: ``packed`` takes every kind of group, the
-  others the kind of their name, ``measure`` what is faster here.
+  ``packed-projections`` and ``packed-drafter`` are plans (modules `target` and `drafter`):
+  ``packed`` takes every kind of group, the others the kind of their name, ``measure`` what is
+  faster here.
 """
 
-from .plan import (
-    PAYS,
-    Decision,
-    Groups,
-    Plan,
-    attention,
-    context,
-    decide,
-    gated_delta,
-    measure,
-    mlp,
-    packed,
-    pays,
-    ratios,
-)
+from .plan import PAYS, PLANS, Decision, Groups, Plan, decide, pays, ratios
 from .product import OneProduct, ProductStack, why_not
 
 __all__ = [
     "PAYS",
+    "PLANS",
     "Decision",
     "Groups",
     "OneProduct",
     "Plan",
     "ProductStack",
-    "attention",
-    "context",
     "decide",
-    "gated_delta",
-    "measure",
-    "mlp",
-    "packed",
     "pays",
     "ratios",
     "why_not",

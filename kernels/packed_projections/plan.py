@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import attrs
@@ -13,22 +13,18 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from draftloom.device import on_cuda
+from draftloom.kernels.check import Check
 
 from .product import OneProduct
 
 __all__ = [
     "PAYS",
+    "PLANS",
     "Decision",
     "Groups",
     "Plan",
-    "attention",
     "backend",
-    "context",
     "decide",
-    "gated_delta",
-    "measure",
-    "mlp",
-    "packed",
     "pays",
     "ratios",
 ]
@@ -75,13 +71,23 @@ class Plan(Protocol):
 
 @attrs.frozen
 class _Named:
-    """Packs these kinds; None is every kind."""
+    """Packs these kinds, as far as there are any."""
 
-    kinds: frozenset[str] | None
+    operation: str
+    kinds: frozenset[str]
 
     def choose(self, groups: Groups) -> Decision:
-        wanted = groups.keys() if self.kinds is None else groups.keys() & self.kinds
-        return Decision(frozenset(wanted), "it was asked for")
+        return Decision(frozenset(groups.keys() & self.kinds), "it was asked for")
+
+    def by_default(self) -> bool:
+        """Whether `auto` packs these kinds here."""
+        return self.kinds <= pays(self.operation)
+
+    def checks(self) -> Iterator[Check]:
+        """Parity with separate products."""
+        from .checks import checks_of
+
+        return checks_of(self.kinds)
 
 
 @attrs.frozen
@@ -107,21 +113,16 @@ class _Measured:
         return Decision(kinds, "time packed over separate, by tokens: " + "; ".join(each))
 
 
-packed = _Named(None)
-attention = _Named(frozenset({"attention"}))
-context = _Named(frozenset({"context"}))
-gated_delta = _Named(frozenset({"gated-delta"}))
-mlp = _Named(frozenset({"mlp"}))
-measure = _Measured()
+def _plans(operation: str, kinds: Sequence[str]) -> dict[str, Plan]:
+    each = {kind: _Named(operation, frozenset({kind})) for kind in kinds}
+    return {"packed": _Named(operation, frozenset(kinds)), **each, "measure": _Measured()}
 
-_BY_NAME: dict[str, Plan] = {
-    "attention": attention,
-    "context": context,
-    "gated-delta": gated_delta,
-    "measure": measure,
-    "mlp": mlp,
-    "packed": packed,
+
+PLANS: dict[str, dict[str, Plan]] = {
+    "packed-projections": _plans("packed-projections", ("attention", "gated-delta", "mlp")),
+    "packed-drafter": _plans("packed-drafter", ("attention", "context", "mlp")),
 }
+"""The implementations, by operation and name."""
 
 
 def backend() -> str:
@@ -149,10 +150,10 @@ def decide(operation: str, use: Any, groups: Groups) -> Decision:
     if use is None:
         decision = Decision(frozenset(pays(operation) & groups.keys()), f"what pays on {backend()}")
     else:
-        plan: Plan = _BY_NAME[use] if isinstance(use, str) else use
+        plan: Plan = PLANS[operation][use] if isinstance(use, str) else use
         decision = plan.choose(groups)
     listing = ", ".join(sorted(decision.kinds)) or "nothing"
-    level = logging.WARNING if use in ("measure", measure) else logging.INFO
+    level = logging.WARNING if use == "measure" else logging.INFO
     _log.log(level, "%s: packs %s (%s)", operation, listing, decision.reason)
     return decision
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from draftloom import KernelSettings
+from draftloom.apps.bench.simulate import SimulatedDFlash
 from draftloom.contracts import BindContext, Draft, DraftRequest, DraftsInPart
 from draftloom.drafters.cascade import CascadeDrafter
 from draftloom.drafters.dflash import DFlashDrafter, DFlashModel
@@ -393,3 +394,13 @@ def test_the_network_alone_gives_the_rows_it_is_asked_for(tmp_path: Path) -> Non
     whole = network(block, cache)
     for rows in (slice(1, 8), slice(0, 3), slice(1, 2), slice(None)):
         assert bool(mx.array_equal(network(block, cache, rows), whole[:, rows]))
+
+
+@pytest.mark.parametrize("choice", ["off", "packed"])
+def test_a_simulated_drafter_is_packed_as_any(choice: str, tmp_path: Path) -> None:
+    folder = dflash_checkpoint(tmp_path, hidden=HIDDEN, vocab=VOCAB, taps=(1, 3, 4))
+    drafter = SimulatedDFlash(folder)
+    unused: Any = None
+    kernels = KernelSettings.of({OPERATION: choice})
+    drafter.bind(BindContext(FakeTarget(), "float32", unused, unused, kernels))  # type: ignore[arg-type]
+    assert (drafter._loaded.network.packed_context is None) == (choice == "off")  # type: ignore[union-attr]

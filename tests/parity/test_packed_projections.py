@@ -342,7 +342,7 @@ def test_measuring_packs_what_is_faster(monkeypatch: pytest.MonkeyPatch) -> None
     times = {8: {1: 0.5, 16: 0.8}, 4: {1: 0.9, 16: 1.2}, 2: {1: 1.0, 16: 0.99}}
     monkeypatch.setattr(plan, "ratios", lambda places, seconds: times[len(places)])
     groups = {"mlp": [[]] * 8, "attention": [[]] * 4, "gated-delta": [[]] * 2}
-    found = packed_projections.measure.choose(groups)
+    found = plan.PLANS[OPERATION]["measure"].choose(groups)
     assert found.kinds == {"mlp"}
     assert "attention 0.90 at 1, 1.20 at 16" in found.reason
 
@@ -363,6 +363,33 @@ def test_measuring_runs_both_ways_and_says_so(caplog: pytest.LogCaptureFixture) 
     for by in (packed_projections.ratios(places, 0.05) for places in groups.values()):
         assert set(by) == {1, 16}
         assert all(0.05 < ratio < 20 for ratio in by.values())
+
+
+def test_what_pays_is_what_auto_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = plan.PLANS[OPERATION]
+    assert not any(plans[name].by_default() for name in plans if name != "measure")  # type: ignore[attr-defined]
+    monkeypatch.setitem(plan.PAYS[OPERATION], plan.backend(), frozenset({"mlp", "attention"}))
+    pays = {name for name in plans if name != "measure" and plans[name].by_default()}  # type: ignore[attr-defined]
+    assert pays == {"mlp", "attention"}
+    model = fakes.model("hybrid")
+    with draftloom.PipelineBuilder(plugins=fakes.plugins()).model(model).drafter("none").build():
+        names = linear_names(model)
+        assert any(name.endswith("up_proj.linear") for name in names)
+        assert any(name.endswith("in_proj_z") for name in names)
+    assert not any(name.endswith(".linear") for name in linear_names(model))
+
+
+def test_the_checks_of_the_self_test_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    checks = [check for plans in plan.PLANS.values() for check in plans["packed"].checks()]  # type: ignore[attr-defined]
+    assert len(checks) == 30
+    assert all(check.run().passed for check in checks)
+    monkeypatch.setattr(
+        packed_projections.product, "_split", lambda x, ends: [x[..., ::-1] for _ in (0, *ends)]
+    )
+    for kind in ("mlp", "context"):
+        check = next(check for check in checks if check.name.startswith(f"{kind} float32"))
+        with pytest.raises(ValueError, match="gives shapes"):
+            check.run()
 
 
 def test_the_table_and_a_plan_of_a_third_party() -> None:
