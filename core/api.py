@@ -17,6 +17,7 @@ from draftloom.builder import PipelineBuilder
 from draftloom.contracts import TargetAdapter
 from draftloom.engine import Engine
 from draftloom.errors import UsageError
+from draftloom.kernel_settings import tune_by_default
 from draftloom.model_info import ModelInfo
 from draftloom.pipeline import GenerateOptions, Pipeline
 from draftloom.plugins import PluginManager
@@ -147,6 +148,7 @@ def _adapt(plugins: PluginManager, model: nn.Module) -> TargetAdapter:
     info = ModelInfo.from_model(model)
     factory = plugins.adapter_for(info).load()
     adapter: TargetAdapter = factory(model, factory.describe(info))
+    tune_by_default(adapter, plugins)
     return adapter
 
 

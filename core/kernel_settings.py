@@ -28,6 +28,7 @@ __all__ = [
     "implementations",
     "operations",
     "resolve_kernels",
+    "tune_by_default",
 ]
 
 AUTO, OFF = "auto", "off"
@@ -234,6 +235,12 @@ def resolve_kernels(
         notes.append(f"the self-test's record is left aside: {record.ignored}")
     choices = (*settings.choices, *((operation, OFF) for operation in turned_off))
     return KernelSettings(choices, tuple(objects), tuple(notes)), problems
+
+
+def tune_by_default(component: Any, plugins: PluginManager) -> None:
+    """Turn off in a component what failed the self-test here, where no pipeline does so."""
+    if hasattr(component, "tune"):
+        component.tune(resolve_kernels(KernelSettings(), plugins)[0])
 
 
 def _turned_off(

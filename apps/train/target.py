@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from draftloom.contracts import TargetAdapter, TargetInfo, TargetOutput
+from draftloom.kernel_settings import tune_by_default
 from draftloom.model_info import ModelInfo
 from draftloom.plugins import PluginManager
 
@@ -44,7 +45,13 @@ class FrozenTarget:
         self.model: nn.Module = loaded.model
         self.tokenizer = loaded.tokenizer
         self._taps: tuple[int, ...] = ()
-        self._adapter: TargetAdapter = self._factory(self.model, self.info)
+        self._plugins = plugins
+        self._adapter = self._adapt()
+
+    def _adapt(self) -> TargetAdapter:
+        adapter: TargetAdapter = self._factory(self.model, self.info)
+        tune_by_default(adapter, self._plugins)
+        return adapter
 
     def tap(self, layers: Sequence[int]) -> None:
         """Choose the layers whose outputs are the features."""
@@ -78,7 +85,7 @@ class FrozenTarget:
         try:
             yield self.model
         finally:
-            self._adapter = self._factory(self.model, self.info)
+            self._adapter = self._adapt()
             self._adapter.tap(self._taps)
 
     def fingerprint(self) -> str:

@@ -226,6 +226,23 @@ def test_auto_runs_the_stock_path_instead_and_says_so() -> None:
     assert "self-test" not in attrs_of(plugins)
 
 
+def test_a_draft_model_does_not_run_what_failed_either() -> None:
+    from draftloom.api import _adapt
+
+    plugins = fakes.plugins()
+    plain = _adapt(plugins, fakes.model("hybrid"))
+    mixers = [layer.linear_attn for layer in plain.model.layers if layer.is_linear]
+    assert {mixer._use for mixer in mixers} == {None}
+    plain.close()
+    failed = {"gated-delta/slow": "verify: error 1, allowed 0"}
+    lab = Lab(gated_delta__slow=Other(check(2.0)))  # one that auto would run
+    SelfTestRecord(fingerprint(), "2026-01-01", failed).save()
+    careful = _adapt(fakes.plugins(lab), fakes.model("hybrid"))
+    mixers = [layer.linear_attn for layer in careful.model.layers if layer.is_linear]
+    assert {mixer._use.implementation for mixer in mixers} == {"array"}
+    careful.close()
+
+
 def attrs_of(plugins: Any) -> str:
     made = draftloom.PipelineBuilder(plugins=plugins).model(fakes.model()).drafter("none")
     return made.check().graph.describe()
