@@ -2,7 +2,7 @@
 steps, and the state that replay rebuilds from the tape for every row's own count.
 
 Tolerance: 1e-4 of the largest value; over a block mlx-lm multiplies matrices, which run in TF32 on
-CUDA (5e-3). Inputs are float32: mlx-lm's step keeps its state in the type it is given.
+CUDA (2e-2). Inputs are float32: mlx-lm's step keeps its state in the type it is given.
 """
 
 from __future__ import annotations
@@ -66,6 +66,6 @@ def _check(order: Any, shape: tuple[int, ...]) -> Check:
         rebuilt = mx.stack([states[row, n] for row, n in enumerate(counts)])
         return [y, states[:, -1], rebuilt]
 
-    tolerance = 5e-3 if on_cuda() else 1e-4
+    tolerance = 2e-2 if on_cuda() else 1e-4
     label = f"verify and replay float32 B{rows} T{tokens} H{heads} G{groups} {size}x{state_size}"
     return Check(label, found, expected, (tolerance,) * 3)
