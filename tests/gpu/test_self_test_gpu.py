@@ -1,4 +1,4 @@
-"""`doctor --self-test` on the GPU that is here: every kernel that it runs is checked, and passes."""
+"""`doctor --self-test` on the GPU that is here: every kernel that it runs is checked and passes."""
 
 from pathlib import Path
 
