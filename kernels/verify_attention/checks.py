@@ -58,6 +58,11 @@ class Case:
         name += f" window {self.window}" if self.window else ""
         return name + (" sinks" if self.sinks else "")
 
+    @property
+    def scale(self) -> float:
+        """The usual factor on the scores."""
+        return float(self.size**-0.5)
+
     def request(self) -> Request:
         """What a call with this case asks."""
         gpu = mx.default_device() == mx.Device(mx.gpu)
@@ -73,17 +78,17 @@ class Case:
             shape = (rows, count, tokens, self.size)
             return mx.random.normal(shape, key=next(seeds)).astype(self.dtype)
 
-        q = normal(heads, self.queries)
+        q = 2 * normal(heads, self.queries)  # weights that differ
         k, v = (normal(key_heads, self.allocated) for _ in "kv")
-        sinks = mx.random.normal((heads,), key=next(seeds)) if self.sinks else None
-        return q, k, v, sinks
+        sinks = mx.random.normal((heads,), key=next(seeds)).astype(self.dtype)
+        return q, k, v, sinks if self.sinks else None
 
 
 CASES = (
     Case(mx.float32, (2, 2), 1, (1,), 3, 64),
     Case(mx.float32, (4, 2), 5, (41,), 64, 128),
     Case(mx.bfloat16, (4, 1), 1, (77,), 128, 256),
-    Case(mx.bfloat16, (8, 2), 16, (700,), 768, 256),
+    Case(mx.bfloat16, (32, 8), 16, (700,), 768, 256),  # more than one tile a part
     Case(mx.bfloat16, (16, 2), 13, (90, 61), 97, 128, window=11),
     Case(mx.float16, (6, 2), 7, (63, 40, 7), 96, 128, sinks=True),
     Case(mx.float16, (2, 1), 32, (129,), 160, 64, window=40, sinks=True),
@@ -104,7 +109,7 @@ def checks_of(implementation: Any) -> Iterator[Check]:
 
 def _check(case: Case, use: Any) -> Check:
     q, k, v, sinks = case.arrays()
-    lengths, scale = mx.array(case.lengths), case.size**-0.5
+    lengths, scale = mx.array(case.lengths), case.scale
     if use != "array":
         past = mx.arange(case.allocated)[:, None] >= lengths[:, None, None, None]
         k, v = (mx.where(past, mx.array(mx.nan, x.dtype), x) for x in (k, v))

@@ -136,41 +136,37 @@ class _Plan:
     arguments: tuple[dict[str, Any], dict[str, Any]]
 
 
-@attrs.frozen(cache_hash=True)
-class _Shape:
-    """What a plan depends on besides backend and geometry."""
-
-    dtype: mx.Dtype
-    q: tuple[int, ...]
-    keys: tuple[int, ...]
-    scale: float
-    window: int | None
-    sinks: mx.Dtype | None
-
-
 @lru_cache(maxsize=1024)
-def _plan(backend: Backend, geometry: Geometry | None, shape: _Shape) -> _Plan:
-    batch, heads, queries, size = shape.q
-    _, key_heads, allocated, _ = shape.keys
+def _plan(
+    backend: Backend,
+    geometry: Geometry | None,
+    dtype: mx.Dtype,
+    shapes: tuple[tuple[int, ...], tuple[int, ...]],
+    scale: float,
+    window: int | None,
+    sinks: mx.Dtype | None,
+) -> _Plan:
+    """Plan a call; ``shapes`` are those of q and the keys."""
+    (batch, heads, queries, size), (_, key_heads, allocated, _) = shapes
     rows, pairs = heads // key_heads * queries, batch * key_heads
-    geometry = geometry or geometry_for(rows, size, shape.dtype.size, backend.memory)
+    geometry = geometry or geometry_for(rows, size, dtype.size, backend.memory)
     most = geometry.splits(pairs, rows)
     splits = min(most, -(-allocated // geometry.keys))
     shared = [("D", size), ("Hq", heads), ("Hkv", key_heads)]
     parts = (pairs, splits, rows)
-    partial, combine = Partial(shape.scale), Combine(shape.sinks is not None)
-    dtypes = (shape.dtype,) * 3
-    seconds = (mx.float32,) * 3 + (() if shape.sinks is None else (shape.sinks,))
+    partial, combine = Partial(scale), Combine(sinks is not None)
+    dtypes = (dtype,) * 3
+    seconds = (mx.float32,) * 3 + (() if sinks is None else (sinks,))
     first = {
         "template": [
-            ("CT", shape.dtype),
-            ("KIND", _KINDS[shape.dtype]),
+            ("CT", dtype),
+            ("KIND", _KINDS[dtype]),
             *shared,
             ("RT", geometry.rows),
             ("BN", geometry.keys),
             ("SIMDS", geometry.simds),
             ("SPLITS", most),
-            ("WINDOW", shape.window or 0),
+            ("WINDOW", window or 0),
         ],
         "grid": (32 * splits, geometry.simds * -(-rows // geometry.rows), pairs),
         "threadgroup": (32, geometry.simds, 1),
@@ -178,11 +174,11 @@ def _plan(backend: Backend, geometry: Geometry | None, shape: _Shape) -> _Plan:
         "output_dtypes": [mx.float32] * 3,
     }
     second = {
-        "template": [("QT", shape.dtype), *shared],
+        "template": [("QT", dtype), *shared],
         "grid": (32, size // 32 * rows, pairs),
         "threadgroup": (32, size // 32, 1),
         "output_shapes": [(batch, queries, heads, size)],
-        "output_dtypes": [shape.dtype],
+        "output_dtypes": [dtype],
     }
     kernels = (backend.kernel(partial, dtypes), backend.kernel(combine, seconds))
     return _Plan(kernels, (first, second))
@@ -215,14 +211,23 @@ class Launcher:
         sinks: mx.array | None = None,
     ) -> mx.array:
         """[B, Hq, M, D] in q's dtype, a view of [B, M, Hq, D] as it lies in memory."""
-        dtype = None if sinks is None else sinks.dtype
-        shape = _Shape(q.dtype, q.shape, keys.shape, float(scale), window, dtype)
-        plan = _plan(self.backend, self.geometry, shape)
+        shape = q.shape
+        plan = _plan(
+            self.backend,
+            self.geometry,
+            q.dtype,
+            (shape, keys.shape),
+            scale,
+            window,
+            None if sinks is None else sinks.dtype,
+        )
         poison = {} if self.poison is None else {"init_value": self.poison}
-        inputs = [q, keys, values, valid_lengths(lengths, q.shape[0])]
-        parts = plan.kernels[0](inputs=inputs, **plan.arguments[0], **poison)
-        inputs = [*parts, *([] if sinks is None else [sinks])]
-        (out,) = plan.kernels[1](inputs=inputs, **plan.arguments[1], **poison)
+        first, second = plan.arguments
+        inputs = [q, keys, values, valid_lengths(lengths, shape[0])]
+        parts = plan.kernels[0](inputs=inputs, **first, **poison)
+        if sinks is not None:
+            parts = [*parts, sinks]
+        (out,) = plan.kernels[1](inputs=parts, **second, **poison)
         return out.transpose(0, 2, 1, 3)
 
 

@@ -12,16 +12,16 @@ from draftloom.adapters.attention_module import AttentionModule
 from draftloom.adapters.verify_attention import VerifyAttention
 from draftloom.caches.fixed_length import FixedLengthEntry
 from draftloom.kernels import verify_attention
-from draftloom.kernels.verify_attention import cuda, metal, reference
+from draftloom.kernels.verify_attention import cuda, metal
 from draftloom.kernels.verify_attention.launch import Geometry, Launcher
 from tests.support import models, pipelines
-from tests.support.attention_cases import CASES, TOLERANCE, Case, error, inputs, poisoned
+from tests.support.attention_cases import CASES, TOLERANCE, Case, error, poisoned, truth
 
 pytestmark = pytest.mark.gpu
 
 LARGE = tuple(
-    Case(kind, heads, queries, lengths, allocated, size, window, sinks)
-    for kind in ("fp32", "fp16", "bf16")
+    Case(dtype, heads, queries, lengths, allocated, size, window, sinks)
+    for dtype in TOLERANCE
     for heads, queries, lengths, allocated, size, window, sinks in (
         ((16, 4), 16, (1000,), 1024, 256, None, False),
         ((16, 4), 1, (4095,), 4096, 256, None, False),
@@ -41,30 +41,18 @@ def launcher() -> Launcher:
 
 
 def run(launcher: Launcher, case: Case, spoil: bool = True) -> mx.array:
-    q, k, v, sinks = inputs(case)
+    q, k, v, sinks = case.arrays()
     if spoil:
         k, v = poisoned(case, k), poisoned(case, v)
     lengths = mx.array(case.lengths)
     return launcher.attend(q, k, v, lengths, scale=case.scale, window=case.window, sinks=sinks)
 
 
-def exact(case: Case) -> mx.array:
-    """The reference on the CPU, on the very inputs that the GPU gets."""
-    q, k, v, sinks = inputs(case)
-    mx.eval(q, k, v)
-    with mx.stream(mx.cpu):
-        found = reference.attend(
-            q, k, v, mx.array(case.lengths), scale=case.scale, window=case.window, sinks=sinks
-        )
-        mx.eval(found)
-    return found
-
-
 @pytest.mark.parametrize("case", [*CASES, *LARGE], ids=str)
 def test_against_the_reference_with_nan_past_the_valid_keys(launcher: Launcher, case: Case) -> None:
     found = run(launcher, case)
     tolerance = max(TOLERANCE[case.dtype], 5e-6)
-    assert error(found, exact(case)) < tolerance
+    assert error(found, truth(case)) < tolerance
     assert mx.array_equal(found, run(launcher, case, spoil=False))
 
 
@@ -73,12 +61,12 @@ def test_twice_the_same_bits(launcher: Launcher, case: Case) -> None:
     assert mx.array_equal(run(launcher, case), run(launcher, case))
 
 
-@pytest.mark.parametrize("kind", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("size", [64, 128, 256])
 @pytest.mark.parametrize("queries", [1, 4, 8, 15, 16, 32])
-def test_sizes_and_queries(launcher: Launcher, kind: str, size: int, queries: int) -> None:
-    case = Case(kind, (8, 2), queries, (517,), 768, size)
-    assert error(run(launcher, case), exact(case)) < max(TOLERANCE[case.dtype], 5e-6)
+def test_sizes_and_queries(launcher: Launcher, dtype: mx.Dtype, size: int, queries: int) -> None:
+    case = Case(dtype, (8, 2), queries, (517,), 768, size)
+    assert error(run(launcher, case), truth(case)) < max(TOLERANCE[case.dtype], 5e-6)
 
 
 @pytest.mark.parametrize(
@@ -89,15 +77,15 @@ def test_sizes_and_queries(launcher: Launcher, kind: str, size: int, queries: in
 def test_every_geometry(launcher: Launcher, geometry: Geometry) -> None:
     if geometry.threadgroup_bytes(128, 2) > launcher.backend.memory:
         pytest.skip("more threadgroup memory than there is")
-    case = Case("bf16", (12, 4), 13, (1333,), 1536, 128)
+    case = Case(mx.bfloat16, (12, 4), 13, (1333,), 1536, 128)
     other = Launcher(launcher.backend, geometry, poison=float("nan"))
-    assert error(run(other, case), exact(case)) < TOLERANCE[case.dtype]
+    assert error(run(other, case), truth(case)) < TOLERANCE[case.dtype]
 
 
 def test_unaligned_buffers(launcher: Launcher) -> None:
     """Keys and values that start at an odd element: the wide loads must notice."""
-    case = Case("bf16", (4, 2), 6, (100,), 128, 64)
-    q, k, v, _ = inputs(case)
+    case = Case(mx.bfloat16, (4, 2), 6, (100,), 128, 64)
+    q, k, v, _ = case.arrays()
 
     def odd(x: mx.array) -> mx.array:
         flat = mx.concatenate([mx.zeros((3,), x.dtype), x.reshape(-1)])
@@ -110,12 +98,12 @@ def test_unaligned_buffers(launcher: Launcher) -> None:
 
 def test_the_array_path_of_the_device() -> None:
     for case in LARGE:
-        q, k, v, sinks = inputs(case)
+        q, k, v, sinks = case.arrays()
         found = verify_attention.attend(
             q, k, v, mx.array(case.lengths),
             scale=case.scale, window=case.window, sinks=sinks, use="array",
         )  # fmt: skip
-        assert error(found, exact(case)) < 3e-2, case  # MLX sums bfloat16 so on some devices
+        assert error(found, truth(case)) < 3e-2, case  # MLX sums bfloat16 so on some devices
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_5", "llama"])

@@ -27,7 +27,7 @@ from draftloom.kernels.verify_attention.launch import Launcher, unsupported_shap
 from draftloom.kernels.verify_attention.prelude import METAL_PRELUDE
 from draftloom.plugins import PluginManager
 from tests.support import models, pipelines
-from tests.support.attention_cases import CASES, TOLERANCE, Case, error, inputs, truth
+from tests.support.attention_cases import CASES, TOLERANCE, Case, error, truth
 from tests.support.oracle import greedy, text_model
 
 BASE = Request(mx.bfloat16, 1, 16, 16, 4, 256, "gpu")
@@ -35,7 +35,7 @@ BASE = Request(mx.bfloat16, 1, 16, 16, 4, 256, "gpu")
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_array_path_against_the_reference(case: Case) -> None:
-    q, k, v, sinks = inputs(case)
+    q, k, v, sinks = case.arrays()
     found = verify_attention.attend(
         q, k, v, mx.array(case.lengths), scale=case.scale, window=case.window, sinks=sinks
     )
@@ -45,7 +45,7 @@ def test_the_array_path_against_the_reference(case: Case) -> None:
 
 @pytest.mark.parametrize("window", [None, 7])
 def test_on_the_cpu_the_array_path_with_one_length_is_mlx_lms_call(window: int | None) -> None:
-    q, k, v, _ = inputs(CASES[2])
+    q, k, v, _ = CASES[2].arrays()
     mask: Any = "causal"
     if window is not None:
         cache = KVCache()
@@ -62,7 +62,7 @@ def test_on_the_cpu_the_array_path_with_one_length_is_mlx_lms_call(window: int |
 def test_the_reference_is_attention_with_a_mask() -> None:
     """Against MLX's own, sinks included: the reference is not its own judge."""
     case = CASES[7]
-    q, k, v, sinks = inputs(case)
+    q, k, v, sinks = case.arrays()
     mask = reference.visible(mx.array(case.lengths), case.queries, case.allocated, case.window)
     assert mask[0].sum(axis=-1).tolist() == [40] * 32
     assert mask[0, 0].tolist().index(True) == 129 - 32 - 40 + 1
@@ -123,7 +123,7 @@ def test_the_self_tests_checks_tell_right_from_wrong() -> None:
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
-    q, k, v, _ = inputs(CASES[2])
+    q, k, v, _ = CASES[2].arrays()
     with pytest.raises(ValueError, match="do not fit"):
         verify_attention.attend(q, k, v[:, :, :5], 5, scale=1.0)
     with pytest.raises(ValueError, match="5 to 64 are possible"):
@@ -190,7 +190,7 @@ def test_blocks_and_steps_are_served_from_the_caches_buffers(family: str, view: 
 def test_prompts_windows_and_packed_caches_stay_with_mlx_lm() -> None:
     recorder = _Recorder()
     attend = VerifyAttention(recorder)
-    q, k, v, _ = inputs(CASES[2])
+    q, k, v, _ = CASES[2].arrays()
     rotating, packed = RotatingKVCache(64), KVCache()
     rotating.update_and_fetch(k, v)
     packed.update_and_fetch(k, v)

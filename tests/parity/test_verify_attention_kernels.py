@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 from types import ModuleType
 
+import attrs
 import mlx.core as mx
 import pytest
 
@@ -31,7 +32,7 @@ from draftloom.kernels.verify_attention.prelude import (
     METAL_PRELUDE,
 )
 from draftloom.kernels.verify_attention.source import Combine, Partial
-from tests.support.attention_cases import CASES, TOLERANCE, Case, error, inputs, poisoned, truth
+from tests.support.attention_cases import CASES, TOLERANCE, Case, error, poisoned, truth
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 
@@ -71,7 +72,7 @@ def launcher(request: pytest.FixtureRequest, folder: Path) -> Launcher:
 
 
 def run(launcher: Launcher, case: Case, spoil: bool = True) -> mx.array:
-    q, k, v, sinks = inputs(case)
+    q, k, v, sinks = case.arrays()
     if spoil:
         k, v = poisoned(case, k), poisoned(case, v)
     lengths = case.lengths[0] if len(case.lengths) == 1 else mx.array(case.lengths)
@@ -83,6 +84,17 @@ def test_against_the_reference_with_nan_past_the_valid_keys(launcher: Launcher, 
     found = run(launcher, case)
     assert found.dtype == case.dtype
     assert found.shape == truth(case).shape
+    assert error(found, truth(case)) < TOLERANCE[case.dtype]
+
+
+@pytest.mark.parametrize("name", ["metal", "cuda"])
+@pytest.mark.parametrize("case", [CASES[i] for i in (3, 4, 5, 7)], ids=str)
+def test_one_part_of_many_tiles(folder: Path, name: str, case: Case) -> None:
+    """A few keys are cut into parts of one tile; long contexts are not."""
+    item, memory = case.dtype.size, launcher_for(name, folder).backend.memory
+    rows = case.heads[0] // case.heads[1] * case.queries
+    geometry = attrs.evolve(geometry_for(rows, case.size, item, memory), groups=1)
+    found = run(launcher_for(name, folder, geometry), case)
     assert error(found, truth(case)) < TOLERANCE[case.dtype]
 
 
@@ -99,7 +111,7 @@ def test_unaligned_buffers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_nan_among_the_valid_keys_is_not_hidden(launcher: Launcher) -> None:
-    q, k, v, _ = inputs(CASES[2])
+    q, k, v, _ = CASES[2].arrays()
     spoiled = mx.where(mx.arange(64)[:, None] == 40, mx.array(float("nan")), k)
     found = launcher.attend(q, spoiled, v, 41, scale=1.0)
     assert mx.isnan(found[:, :, -1]).all().item()  # the last query sees key 40
@@ -108,7 +120,7 @@ def test_nan_among_the_valid_keys_is_not_hidden(launcher: Launcher) -> None:
 
 def test_a_block_gives_the_rows_of_single_steps(launcher: Launcher) -> None:
     """Within rounding: the keys are cut elsewhere."""
-    q, k, v, _ = inputs(CASES[2])
+    q, k, v, _ = CASES[2].arrays()
     block = launcher.attend(q, k, v, 41, scale=0.1)
     for i in range(5):
         step = launcher.attend(q[:, :, i : i + 1], k, v, 37 + i, scale=0.1)
@@ -116,7 +128,7 @@ def test_a_block_gives_the_rows_of_single_steps(launcher: Launcher) -> None:
 
 
 def test_a_query_that_sees_nothing_gives_zeros(launcher: Launcher) -> None:
-    q, k, v, _ = inputs(CASES[2])
+    q, k, v, _ = CASES[2].arrays()
     found = launcher.attend(q, k, v, mx.array([2]), scale=1.0)
     assert mx.array_equal(found[:, :, :3], mx.zeros((1, 4, 3, 64)))
     assert (mx.abs(found[:, :, 3:]).sum(axis=-1) > 0).all().item()
@@ -129,7 +141,7 @@ def test_a_query_that_sees_nothing_gives_zeros(launcher: Launcher) -> None:
     ids=lambda g: f"rows{g.rows}-keys{g.keys}-simds{g.simds}-groups{g.groups}",
 )
 def test_every_geometry(folder: Path, name: str, geometry: Geometry) -> None:
-    case = Case("bf16", (3, 1), 11, (133,), 160, 64)
+    case = Case(mx.bfloat16, (3, 1), 11, (133,), 160, 64)
     found = run(launcher_for(name, folder, geometry), case)
     assert error(found, truth(case)) < TOLERANCE[mx.bfloat16]
 
