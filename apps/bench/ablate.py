@@ -13,7 +13,7 @@ import attrs
 
 from draftloom.builder import PipelineBuilder
 from draftloom.contracts import TargetInfo
-from draftloom.errors import GraphError, UsageError
+from draftloom.errors import GraphError, UnknownNameError, UsageError
 from draftloom.kernel_settings import (
     AUTO,
     OFF,
@@ -21,6 +21,7 @@ from draftloom.kernel_settings import (
     KernelSettings,
     implementations,
 )
+from draftloom.plugins import canonical
 
 from .report import Report, Spread, speeds, spread
 
@@ -71,14 +72,18 @@ class Ablation:
         }
 
 
-def plan_ablation(named: Sequence[tuple[str, PipelineBuilder]]) -> Ablation:
+def plan_ablation(
+    named: Sequence[tuple[str, PipelineBuilder]], only: Sequence[str] = ()
+) -> Ablation:
     """Every switch of a pipeline that can be set the other way here.
 
     Args:
         named: one pipeline with its name.
+        only: operations to look at; none is all.
 
     Raises:
         UsageError: several pipelines.
+        UnknownNameError: an operation that nobody registers.
         ModelError, GraphError: the pipeline cannot be built.
     """
     if len(named) != 1:
@@ -88,7 +93,12 @@ def plan_ablation(named: Sequence[tuple[str, PipelineBuilder]]) -> Ablation:
         )
     builder = named[0][1]
     plan = builder.check()
-    switches, left_out = _switches(implementations(builder.plugins), plan.kernels, plan.target)
+    known = implementations(builder.plugins)
+    wanted = {canonical(operation) for operation in only}
+    for operation in sorted(wanted - {one.operation for one in known}):
+        raise UnknownNameError("operation", operation, {one.operation for one in known})
+    known = [one for one in known if not wanted or one.operation in wanted]
+    switches, left_out = _switches(known, plan.kernels, plan.target)
     builders = [(AS_IT_IS, builder), (AGAIN, builder)]
     kept = []
     for switch in switches:

@@ -176,6 +176,14 @@ def bench(
             rich_help_panel=VARIANTS,
         ),
     ] = False,
+    ablate_only: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="OPERATION",
+            help="The same for the switches of this operation. Repeatable.",
+            rich_help_panel=VARIANTS,
+        ),
+    ] = None,
     simulate_acceptance: Annotated[
         str | None,
         typer.Option(
@@ -229,7 +237,7 @@ def bench(
         cool_down=cool_down,
         stop_at_eos=stop_at_eos,
     )
-    study = Study(ablate)
+    study = Study(ablate, ablate_only or ())
     with fallback_on_stderr():
         if simulate_acceptance is None:
             if shape is not None:

@@ -19,10 +19,12 @@ class Study:
 
     Args:
         ablate: whether it was.
+        only: operations to look at; any asks for it.
     """
 
-    def __init__(self, ablate: bool) -> None:
-        self._ablate = ablate
+    def __init__(self, ablate: bool, only: Sequence[str] = ()) -> None:
+        self._ablate = ablate or bool(only)
+        self._only = tuple(only)
         self._ablation: Ablation | None = None
 
     def vary(
@@ -37,7 +39,7 @@ class Study:
             return builders
         from draftloom.apps.bench.ablate import plan_ablation
 
-        self._ablation = plan_ablation(builders)
+        self._ablation = plan_ablation(builders, self._only)
         return self._ablation.builders
 
     def say_left_out(self) -> None:

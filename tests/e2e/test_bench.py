@@ -85,6 +85,7 @@ BAD = {
     "width": (("bench", "--width", "wide"), "no width named 'wide'"),
     "block": (("bench", "--block-size", "0"), "block size"),
     "twice": (("bench", "--width", "2", "--width", "2"), "two variants"),
+    "operation": (("bench", "--ablate-only", "sm"), "did you mean 'ssm'"),
     "ablate": (("bench", "--ablate", "--width", "2", "--width", "3"), "takes one pipeline"),
     "types": (("bench", "stability", "--types", "float32,"), "--types cannot be read"),
     "type": (("bench", "stability", "--types", "float31"), "did you mean 'float32'"),
@@ -179,7 +180,8 @@ def drawn_in_a_browser(page: Path, folder: Path) -> list[list[Any]]:
 
 def test_page_in_a_browser(cli: Callable[..., Any], tmp_path: Path) -> None:
     page = tmp_path / "page.html"
-    done = cli(*SIMULATED, "--ablate", "--html", page)
+    only = ("--ablate-only", "gated-delta", "--ablate-only", "ssm")
+    done = cli(*SIMULATED, *only, "--html", page)
     assert done.code == 0
     assert "not measured: ssm: qwen3_5 has no Mamba-2 layers" in done.err
     assert re.search(r"^simulated: gated-delta=chunked +[\d.]+", done.out, re.MULTILINE)

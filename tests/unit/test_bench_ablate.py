@@ -73,6 +73,16 @@ def test_what_cannot_be_measured_says_why() -> None:
     assert dict(planned("attention").left_out)["gated-delta"] == "qwen3 has no gated-delta layers"
 
 
+def test_some_operations_only() -> None:
+    made = draftloom.PipelineBuilder(plugins=fakes.plugins(Lab())).model(fakes.model("hybrid"))
+    named = [("p", made.drafter("none"))]
+    found = plan_ablation(named, ["my_lab.op", "gated-delta"])
+    assert {switch.operation for switch in found.switches} == {"my-lab.op", "gated-delta"}
+    assert {name.partition("/")[0] for name, _ in found.left_out} <= {"gated-delta"}
+    with pytest.raises(draftloom.UnknownNameError, match="did you mean 'gated-delta'"):
+        plan_ablation(named, ["gated-dela"])
+
+
 def test_one_pipeline() -> None:
     made = draftloom.PipelineBuilder(plugins=fakes.plugins()).model(fakes.model()).drafter("none")
     with pytest.raises(UsageError, match="takes one pipeline, 2 are given"):
