@@ -41,7 +41,7 @@ from mlx_lm.models.gated_delta import compute_g, normalize_qk
 from mlx_lm.models.qwen3_5 import GatedDeltaNet
 from mlx_lm.models.qwen3_next import Qwen3NextGatedDeltaNet
 from mlx_lm.models.rope_utils import initialize_rope
-from mlx_lm.models.ssm import compute_dt
+from mlx_lm.models.ssm import compute_dt, ssm_update
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_logits_processors
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import (
@@ -91,6 +91,7 @@ COVERED = {
     "mlx_lm.models.qwen3_next.Qwen3NextGatedDeltaNet",
     "mlx_lm.models.rope_utils.initialize_rope",
     "mlx_lm.models.ssm.compute_dt",
+    "mlx_lm.models.ssm.ssm_update",
     "mlx_lm.sample_utils.apply_min_p",
     "mlx_lm.sample_utils.apply_top_k",
     "mlx_lm.sample_utils.apply_top_p",
@@ -283,6 +284,28 @@ def test_compute_dt_is_a_softplus_within_limits() -> None:
     dt, bias = mx.array([[[-3.0, 0.0, 90.0]]]), mx.array([0.5, 0.0, 0.0])
     found = np.array(compute_dt(dt, bias, (0.1, 50.0)))
     assert found == pytest.approx(np.clip(np.logaddexp(np.array(dt + bias), 0), 0.1, 50.0))
+
+
+def test_ssm_update_goes_on_from_a_state() -> None:
+    order = ["hidden_states", "A_log", "B", "C", "D", "dt", "dt_bias", "state", "time_step_limit"]
+    assert list(inspect.signature(ssm_update).parameters)[:10] == [*order, "mask"]
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> mx.array:
+        return mx.array(rng.standard_normal(shape).astype(np.float32))
+
+    x, b, c, dt = normal(1, 2, 2, 4), normal(1, 2, 1, 32), normal(1, 2, 1, 32), normal(1, 2, 2)
+    fixed, state = (normal(2), normal(2), normal(2)), normal(1, 2, 4, 32)
+    whole, end = ssm_update(x, fixed[0], b, c, fixed[1], dt, fixed[2], state, (0.1, 9.0), None)
+    parts = []
+    for t in range(2):
+        one = [v[:, t : t + 1] for v in (x, b, c, dt)]
+        y, state = ssm_update(
+            one[0], fixed[0], *one[1:3], fixed[1], one[3], fixed[2], state, (0.1, 9.0), None
+        )
+        parts.append(y)
+    assert mx.allclose(mx.concatenate(parts, axis=1), whole, atol=1e-4)
+    assert mx.allclose(state, end, atol=1e-4)
 
 
 @pytest.mark.parametrize(
