@@ -104,6 +104,7 @@ class _Measured:
         found = {
             kind: ratios(places, self.seconds / len(groups)) for kind, places in groups.items()
         }
+        mx.clear_cache()
         share = {kind: statistics.fmean(by.values()) for kind, by in found.items()}
         kinds = frozenset(kind for kind, value in share.items() if value < WORTH)
         each = (

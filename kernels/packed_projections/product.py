@@ -100,6 +100,7 @@ class OneProduct:
             start += size
         mx.eval([[layer[name] for name in self._arrays] for layer in self._layers])
         self._slices = [layer["weight"] for layer in self._layers]
+        mx.clear_cache()  # what the layers had is too small for the next product to reuse
 
     @property
     def current(self) -> bool:

@@ -284,6 +284,32 @@ def test_a_generation_projects_each_token_once_and_reads_out_what_it_verifies(
     assert len(projected.rows) == asked
 
 
+@pytest.mark.parametrize("rollback", ["auto", "snapshot"])
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("family", ["hybrid", "attention"])
+def test_texts_are_the_same_with_every_packing(
+    family: str, temperature: float, rollback: str, tmp_path: Path
+) -> None:
+    """Target and drafter packed or not, drawn with one seed or greedy; greedy is mlx-lm's own."""
+    model, found = fakes.model(family), []
+    folder = fakes.write_dflash(tmp_path / "draft", num_hidden_layers=2)
+    for target, drafter in (("off", "off"), ("packed", "packed"), ("off", "context")):
+        kernels = {"packed-projections": target, OPERATION: drafter}
+
+        def configure(builder: Any, kernels: Any = kernels) -> Any:
+            return builder.width("fixed", tokens=4, verify=3).kernels(kernels).rollback(rollback)
+
+        made = DFlashDrafter(folder)
+        with fakes.pipeline_of(made, target=model, configure=configure) as pipeline:
+            result = pipeline.generate(
+                fakes.PROMPT, max_tokens=30, temperature=temperature, seed=11
+            )
+        found.append((result.token_ids, result.stats.drafted, result.stats.verified))
+    assert found[0] == found[1] == found[2]
+    if not temperature:
+        assert found[0][0] == fakes.plain(model, fakes.PROMPT, 30)
+
+
 def test_a_cascade_passes_it_on() -> None:
     class Session:
         def __init__(self) -> None:
