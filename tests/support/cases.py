@@ -80,6 +80,7 @@ class Case:
         prompt: token ids.
         seed: of the corruptions.
         prefill_chunk: prompt tokens at once.
+        kernels: (operation, choice), on top of those that go with the rollback.
     """
 
     family: str
@@ -90,6 +91,7 @@ class Case:
     prompt: tuple[int, ...]
     seed: int = 0
     prefill_chunk: int = 2048
+    kernels: tuple[tuple[str, str], ...] = ()
 
     @property
     def trace(self) -> Trace:
@@ -170,7 +172,7 @@ def build(case: Case, folder: Path, tokenizer: Any = None) -> PipelineBuilder:
     builder = _with_drafter(case, builder, folder)
     return (
         builder.rollback(ROLLBACKS[case.rollback])
-        .kernels(KERNELS.get(case.rollback, {}))
+        .kernels({**KERNELS.get(case.rollback, {}), **dict(case.kernels)})
         .verifier(case.verifier)
         .block_size(case.block_size)
     )
