@@ -31,6 +31,8 @@ __all__ = [
 
 Groups = Mapping[str, Sequence[Sequence[Any]]]
 """By kind (``mlp``): the layers of each place that could be one product."""
+Way = Callable[[mx.array], list[mx.array]]
+"""What each layer of a place gives."""
 
 PAYS: dict[str, dict[str, frozenset[str]]] = {
     "packed-projections": {"cpu": frozenset(), "cuda": frozenset(), "metal": frozenset()},
@@ -44,8 +46,11 @@ TOKENS = (1, 16)
 """Widths that are timed: a plain step and a block."""
 WORTH = 0.98
 """Share of the time of separate products below which one product is taken."""
-_PLACES = 4
-"""Places of a kind that are timed, one after the other, so that caches hold not only one."""
+_PLACES, _BYTES = 4, 2**28
+"""Places of a kind that are timed at most, one after the other so that caches hold not only one;
+and about the most memory that they may take beside the model."""
+_RUNS = 20
+"""Runs that should fit into the time."""
 _log = logging.getLogger("draftloom.kernels")
 
 
@@ -172,12 +177,12 @@ def ratios(
         seconds: about how long it may take.
         tokens: widths.
     """
-    spread = max(1, len(places) // _PLACES)
-    some = list(places[::spread][:_PLACES])
+    held = sum(layer[name].nbytes for layer in places[0] for name in layer)
+    count = max(1, min(len(places), _PLACES, _BYTES // held))
+    some = places[:: len(places) // count][:count]
     products = [OneProduct(layers) for layers in some]
-    for product in products:
-        mx.eval(product.arrays)
-    separate: list[Callable[[mx.array], list[mx.array]]] = [
+    mx.eval([product.arrays for product in products])
+    separate: list[Way] = [
         lambda x, layers=layers: [layer(x) for layer in layers]  # type: ignore[misc]
         for layers in some
     ]
@@ -201,30 +206,29 @@ def _compute_type(layer: Any) -> mx.Dtype:
     return dtype if mx.issubdtype(dtype, mx.floating) else mx.bfloat16
 
 
-def _ratio(
-    separate: Sequence[Callable[[mx.array], list[mx.array]]],
-    single: Sequence[Callable[[mx.array], list[mx.array]]],
-    x: mx.array,
-    seconds: float,
-) -> float:
-    """Median of the ratios of neighbouring runs, single over separate."""
-
-    def run(ways: Sequence[Callable[[mx.array], list[mx.array]]]) -> float:
-        start, h = time.perf_counter(), x
-        for way in ways:
-            read = [part * part for part in way(h)]
-            h = x + sum(part[..., :1] for part in read[1:]) * read[0][..., :1]
-        mx.eval(h)
-        return time.perf_counter() - start
-
-    for ways in (separate, single, separate, single):  # the first run of a shape makes its kernels
-        run(ways)
+def _ratio(separate: Sequence[Way], single: Sequence[Way], x: mx.array, seconds: float) -> float:
+    """Median of the ratios of neighbouring runs, single over separate. Where one place alone takes
+    long, as on a slow CPU, it stands for the others."""
+    for ways in (separate, single):  # the first run of a shape makes its kernels
+        _run(ways[:1], x)
+    count = max(1, int(seconds / _RUNS / _run(separate[:1], x)))
+    separate, single = separate[:count], single[:count]
     end = time.perf_counter() + seconds
     taken: list[float] = []
-    while len(taken) < 3 or time.perf_counter() < end:
+    while not taken or time.perf_counter() < end:
         if len(taken) % 2:
-            one, apart = run(single), run(separate)
+            one, apart = _run(single, x), _run(separate, x)
         else:
-            apart, one = run(separate), run(single)
+            apart, one = _run(separate, x), _run(single, x)
         taken.append(one / apart)
     return statistics.median(taken)
+
+
+def _run(ways: Sequence[Way], x: mx.array) -> float:
+    """Seconds of places one after the other."""
+    start, h = time.perf_counter(), x
+    for way in ways:
+        read = [part * part for part in way(h)]
+        h = x + sum(part[..., :1] for part in read[1:]) * read[0][..., :1]
+    mx.eval(h)
+    return time.perf_counter() - start

@@ -391,6 +391,30 @@ def test_a_context_grows_in_place(window: int, choice: str, tmp_path: Path) -> N
     assert max(held) - min(held) < session.memory()["context"] / 4
 
 
+@pytest.mark.parametrize("choice", ["off", "packed"])
+def test_in_a_generation_too(choice: str, tmp_path: Path) -> None:
+    """Through the engine: launches, verification and rollback in between keep no buffer."""
+    model, sessions, places = fakes.model("hybrid"), [], []
+    drafter = DFlashDrafter(fakes.write_dflash(tmp_path / "draft", num_hidden_layers=2))
+    begin = drafter.open
+
+    def opens(request: DraftRequest) -> Any:
+        sessions.append(begin(request))
+        return sessions[-1]
+
+    drafter.open = opens  # type: ignore[method-assign]
+
+    def configure(builder: Any) -> Any:
+        return builder.width(4).kernels({OPERATION: choice, "packed-projections": choice})
+
+    with fakes.pipeline_of(drafter, target=model, configure=configure) as pipeline:
+        pipeline.generate(
+            fakes.PROMPT, max_tokens=30, on_cycle=lambda e: places.append(addresses(sessions[0]))
+        )
+    assert len(places) > 20
+    assert len({tuple(found) for found in places if found}) == 1
+
+
 def test_an_old_buffer_that_is_kept_would_be_noticed(tmp_path: Path) -> None:
     """The test above can fail: with a reference to the buffers every cycle copies them."""
     folder = dflash_checkpoint(
