@@ -14,7 +14,7 @@ from typing import Any
 import attrs
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import llama, qwen2, qwen3, qwen3_moe
+from mlx_lm.models import gemma3_text, gpt_oss, llama, qwen2, qwen2_moe, qwen3, qwen3_moe
 from mlx_lm.models.base import scaled_dot_product_attention
 from mlx_lm.models.qwen3_next import Qwen3NextAttention
 
@@ -25,12 +25,29 @@ __all__ = [
     "Attend",
     "AttentionLayers",
     "AttentionModule",
+    "Weighting",
     "attend_stock",
 ]
 
-Attend = Callable[[mx.array, mx.array, mx.array, Any, float, Any], mx.array]
+
+@attrs.frozen(eq=False)
+class Weighting:
+    """How scores become weights.
+
+    Attributes:
+        scale: factor on the scores.
+        mask: the model's: None, "causal" or an array.
+        sinks: [Hq] one logit more a head, or None.
+    """
+
+    scale: float
+    mask: Any
+    sinks: mx.array | None = None
+
+
+Attend = Callable[[mx.array, mx.array, mx.array, Any, Weighting], mx.array]
 """(queries [B, Hq, T, D], keys and values [B, Hkv, N, D] as the cache gave them, the cache or None,
-scale, the model's mask) -> [B, Hq, T, D]."""
+the weighting) -> [B, Hq, T, D]."""
 
 
 @attrs.frozen
@@ -39,13 +56,20 @@ class _Form:
 
     heads: str
     key_heads: str
+    scale: str = "scale"
     normed: bool = False
     gated: bool = False
+    sinks: bool = False
 
 
 _FORMS: dict[type, _Form] = {
+    gemma3_text.Attention: _Form("n_heads", "n_kv_heads", normed=True),
+    gpt_oss.AttentionBlock: _Form(
+        "num_attention_heads", "num_key_value_heads", scale="sm_scale", sinks=True
+    ),
     llama.Attention: _Form("n_heads", "n_kv_heads"),
     qwen2.Attention: _Form("n_heads", "n_kv_heads"),
+    qwen2_moe.Attention: _Form("n_heads", "n_kv_heads"),
     qwen3.Attention: _Form("n_heads", "n_kv_heads", normed=True),
     qwen3_moe.Attention: _Form("n_heads", "n_kv_heads", normed=True),
     Qwen3NextAttention: _Form(
@@ -57,10 +81,13 @@ KNOWN_CLASSES = tuple(_FORMS)
 
 
 def attend_stock(
-    q: mx.array, k: mx.array, v: mx.array, cache: Any, scale: float, mask: Any
+    q: mx.array, k: mx.array, v: mx.array, cache: Any, weighting: Weighting
 ) -> mx.array:
     """mlx-lm's own attention, packed key/value caches included."""
-    return scaled_dot_product_attention(q, k, v, cache=cache, scale=scale, mask=mask)
+    how = weighting
+    return scaled_dot_product_attention(
+        q, k, v, cache=cache, scale=how.scale, mask=how.mask, sinks=how.sinks
+    )
 
 
 class AttentionModule(nn.Module):
@@ -80,6 +107,7 @@ class AttentionModule(nn.Module):
         object.__setattr__(self, "_attend", attend)
         object.__setattr__(self, "_heads", getattr(attention, form.heads))
         object.__setattr__(self, "_key_heads", getattr(attention, form.key_heads))
+        object.__setattr__(self, "_scale", getattr(attention, form.scale))
 
     def __call__(
         self, x: mx.array, mask: mx.array | str | None = None, cache: Any | None = None
@@ -101,7 +129,8 @@ class AttentionModule(nn.Module):
             k, v = cache.update_and_fetch(k, v)
         else:
             q, k = self.attention.rope(q), self.attention.rope(k)
-        output = self._attend(q, k, v, cache, self.attention.scale, mask)
+        sinks = self.attention.sinks if self._form.sinks else None
+        output = self._attend(q, k, v, cache, Weighting(self._scale, mask, sinks))
         output = output.transpose(0, 2, 1, 3).reshape(rows, tokens, -1)
         if gate is not None:
             output = output * mx.sigmoid(gate.reshape(rows, tokens, -1))

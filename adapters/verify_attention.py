@@ -12,7 +12,7 @@ from draftloom.kernels.verify_attention import TIMED, Choice, Request, choose, c
 from draftloom.kernels.verify_attention import valid_lengths as lengths_of
 from draftloom.kv_view import KVCacheView
 
-from .attention_module import AttentionLayers, AttentionModule, attend_stock
+from .attention_module import AttentionLayers, AttentionModule, Weighting, attend_stock
 
 __all__ = ["OPERATION", "VerifyAttention", "tune_attention"]
 
@@ -37,25 +37,26 @@ class VerifyAttention:
         self._lengths: tuple[tuple[int, int], mx.array] | None = None
 
     def __call__(
-        self, q: mx.array, k: mx.array, v: mx.array, cache: Any, scale: float, mask: Any
+        self, q: mx.array, k: mx.array, v: mx.array, cache: Any, how: Weighting
     ) -> mx.array:
         """[B, Hq, T, D] of queries [B, Hq, T, D]; keys and values as the cache gave them."""
-        if not _is_causal(cache, mask, q.shape[2]):
-            return attend_stock(q, k, v, cache, scale, mask)
-        choice = self._choice(q, cache.keys)
+        if not _is_causal(cache, how.mask, q.shape[2]):
+            return attend_stock(q, k, v, cache, how)
+        choice = self._choice(q, cache.keys, how.sinks is not None)
         if choice.name == "array" or not q.dtype == cache.keys.dtype == cache.values.dtype:
-            return attend_stock(q, k, v, cache, scale, mask)
+            return attend_stock(q, k, v, cache, how)
         lengths = self._valid(cache.offset, q.shape[0])
-        return choice.run(q, cache.keys, cache.values, lengths, scale=scale)
+        return choice.run(q, cache.keys, cache.values, lengths, scale=how.scale, sinks=how.sinks)
 
-    def _choice(self, q: mx.array, keys: mx.array) -> Choice:
+    def _choice(self, q: mx.array, keys: mx.array, sinks: bool) -> Choice:
         gpu = mx.default_device() == mx.Device(mx.gpu)
-        key = (q.shape, q.dtype, keys.shape[1], gpu)
+        key = (q.shape, q.dtype, keys.shape[1], sinks, gpu)
         found = self._choices.get(key)
         if found is None:
             rows, heads, queries, size = q.shape
+            device = "gpu" if gpu else "cpu"
             request = Request(
-                q.dtype, rows, queries, heads, keys.shape[1], size, "gpu" if gpu else "cpu"
+                q.dtype, rows, queries, heads, keys.shape[1], size, device, sinks=sinks
             )
             found = self._choices[key] = choose(request, self._use)
         return found

@@ -17,10 +17,12 @@ from draftloom.adapters.attention_module import (
     KNOWN_CLASSES,
     AttentionLayers,
     AttentionModule,
+    Weighting,
     attend_stock,
 )
 from draftloom.errors import UnsupportedModelError, UsageError
 from tests.support import models, pipelines
+from tests.support.families_more import MORE, More, adapted, new_model
 from tests.support.oracle import same_caches, text_model
 
 FAMILIES = sorted(models.FAMILIES)
@@ -61,6 +63,33 @@ def test_a_model_with_stand_ins_gives_mlx_lms_logits_and_caches(family: str, row
         assert equal([target.model(tokens(4, 1))], [stock(tokens(4, 1))])  # without a cache
 
 
+FURTHER = ("gpt_oss", "gemma3_text", "gemma3", "qwen2_moe")
+
+
+def further(name: str) -> More:
+    return MORE[name]
+
+
+@pytest.mark.parametrize("name", FURTHER)
+def test_further_families(name: str) -> None:
+    stock = new_model(further(name))
+    with adapted(further(name)) as target:
+        target.attention.replace(AttentionModule)
+        assert len(target.attention) == target.info.num_layers
+        ours, theirs = make_prompt_cache(stock), make_prompt_cache(stock)
+        assert equal(run(target.model, ours), run(stock, theirs))
+        for a, b in zip(ours, theirs, strict=True):
+            assert mx.array_equal(a.keys, b.keys)
+            assert mx.array_equal(a.values, b.values)
+
+
+def test_every_known_class_is_compared() -> None:
+    """The classes that the models of these tests are made of are all that can be stood in for."""
+    made = [models.stock(name) for name in FAMILIES] + [new_model(further(n)) for n in FURTHER]
+    seen = {type(module) for model in made for module in model.modules() if "q_proj" in module}
+    assert set(KNOWN_CLASSES) <= seen
+
+
 @pytest.mark.parametrize("kind", [mx.float16, mx.bfloat16], ids=["fp16", "bf16"])
 def test_half_precision(kind: mx.Dtype) -> None:
     for family in (models.FAMILIES["qwen3"], models.FAMILIES["qwen3_5"]):
@@ -88,14 +117,21 @@ def test_packed_weights_and_packed_caches() -> None:
     assert equal(run(model, ours), run(stock, theirs))
 
 
-def test_sliding_layers_keep_their_rotating_cache_and_plain_ones_a_causal_mask() -> None:
+def sliding(name: str) -> tuple[nn.Module, nn.Module]:
+    if name == "llama":
+        return models.new(models.SLIDING), models.new(models.SLIDING)
+    return new_model(further(name)), new_model(further(name))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_oss", "gemma3_text"])
+def test_sliding_layers_keep_their_rotating_cache_and_plain_ones_a_causal_mask(name: str) -> None:
     """What the attention kernel relies on: no plain cache of these families sees a window."""
-    stock, model = models.new(models.SLIDING), models.new(models.SLIDING)
+    stock, model = sliding(name)
     seen: list[tuple[type, Any]] = []
 
-    def watching(q: Any, k: Any, v: Any, cache: Any, scale: float, mask: Any) -> mx.array:
-        seen.append((type(cache), mask))
-        return attend_stock(q, k, v, cache, scale, mask)
+    def watching(q: Any, k: Any, v: Any, cache: Any, how: Weighting) -> mx.array:
+        seen.append((type(cache), how.mask))
+        return attend_stock(q, k, v, cache, how)
 
     AttentionLayers(model.model.layers, "x").replace(
         lambda attention: AttentionModule(attention, attend=watching)

@@ -64,8 +64,11 @@ COVERED = {
     "mlx_lm",
     # Attention modules that stand-ins are written after: tests/parity/test_attention_module.py
     "mlx_lm.models.base.scaled_dot_product_attention",
+    "mlx_lm.models.gemma3_text",
+    "mlx_lm.models.gpt_oss",
     "mlx_lm.models.llama",
     "mlx_lm.models.qwen2",
+    "mlx_lm.models.qwen2_moe",
     "mlx_lm.models.qwen3",
     "mlx_lm.models.qwen3_moe",
     "mlx_lm.models.qwen3_next.Qwen3NextAttention",

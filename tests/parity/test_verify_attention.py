@@ -12,7 +12,7 @@ import pytest
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from draftloom import PipelineBuilder
-from draftloom.adapters.attention_module import AttentionModule
+from draftloom.adapters.attention_module import AttentionModule, Weighting
 from draftloom.adapters.verify_attention import VerifyAttention
 from draftloom.caches.fixed_length import FixedLengthEntry
 from draftloom.contracts import ComponentInfo
@@ -28,6 +28,7 @@ from draftloom.kernels.verify_attention.prelude import METAL_PRELUDE
 from draftloom.plugins import PluginManager
 from tests.support import models, pipelines
 from tests.support.attention_cases import CASES, TOLERANCE, Case, error, truth
+from tests.support.families_more import MORE, adapted, new_model
 from tests.support.oracle import greedy, text_model
 
 BASE = Request(mx.bfloat16, 1, 16, 16, 4, 256, "gpu")
@@ -187,6 +188,21 @@ def test_blocks_and_steps_are_served_from_the_caches_buffers(family: str, view: 
         assert attend._valid(64, 1) is attend._valid(64, 1)  # one array for all layers
 
 
+@pytest.mark.parametrize("family", ["gpt_oss", "gemma3_text"])
+def test_full_layers_between_sliding_ones_with_sinks(family: str) -> None:
+    recorder, stock = _Recorder(), new_model(MORE[family])
+    with adapted(MORE[family]) as target:
+        target.attention.replace(lambda a: AttentionModule(a, VerifyAttention(recorder)))
+        ours, theirs = make_prompt_cache(stock), make_prompt_cache(stock)
+        plain = sum(type(entry) is KVCache for entry in ours)
+        assert 0 < plain < len(ours)
+        for count, start in ((40, 1), (6, 3), (5, 5)):
+            found = target.model(tokens(count, start), cache=ours)
+            expected = stock(tokens(count, start), cache=theirs)
+            assert mx.allclose(found, expected, rtol=0, atol=1e-4)
+        assert recorder.calls == [(n, 256) for n in (6, 5) for _ in range(plain)]
+
+
 def test_prompts_windows_and_packed_caches_stay_with_mlx_lm() -> None:
     recorder = _Recorder()
     attend = VerifyAttention(recorder)
@@ -196,13 +212,13 @@ def test_prompts_windows_and_packed_caches_stay_with_mlx_lm() -> None:
     packed.update_and_fetch(k, v)
     odd = mx.tri(5, 64, 59, dtype=mx.bool_)
     for cache, mask in ((rotating, None), (packed, odd), (packed, None), (None, "causal")):
-        found = attend(q, k, v, cache, 0.1, mask)
+        found = attend(q, k, v, cache, Weighting(0.1, mask))
         stock = mx.fast.scaled_dot_product_attention(q, k, v, scale=0.1, mask=mask)
         assert mx.array_equal(found, stock)
     assert recorder.calls == []
-    attend(q, k, v, packed, 0.1, "causal")
+    attend(q, k, v, packed, Weighting(0.1, "causal"))
     assert recorder.calls == [(5, 256)]
-    half = attend(q.astype(mx.float16), k, v, packed, 0.1, "causal")
+    half = attend(q.astype(mx.float16), k, v, packed, Weighting(0.1, "causal"))
     assert recorder.calls == [(5, 256)], "queries of another type than the cache's"
     assert half.shape == q.shape
 
