@@ -69,7 +69,7 @@ def measure(printer: TextPrinter, max_tokens: int, block_size: int | None = None
     """
     on_cpu = mx.default_device() == mx.Device(mx.cpu)
     size = block_size or (CPU_BLOCK if on_cpu else None)
-    builder = draftloom.PipelineBuilder()
+    builder = draftloom.PipelineBuilder().own_width()
     if size is not None:
         builder = builder.block_size(size)
     with busy("loading the bundled pair"):

@@ -134,6 +134,14 @@ class PipelineBuilder:
             )
         return self.width(size - 1, **options)
 
+    def own_width(self) -> PipelineBuilder:
+        """The drafter's own width, every cycle, where no width was chosen: for measurements of
+        drafting, which the default would cut short where drafting does not pay."""
+        chosen = self.spec.width
+        if chosen.use != "auto":
+            return self
+        return self.width("fixed", **dict(chosen.options))
+
     def sampling(self, **params: Any) -> PipelineBuilder:
         """Default sampling parameters: the fields of `SamplingParams`."""
         frozen = ((name, freeze_sampling(value)) for name, value in params.items())

@@ -7,6 +7,7 @@ the weights (names, shapes, types; not their values), the components, kernels, d
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import logging
@@ -90,7 +91,7 @@ class CycleTimer:
             DraftloomError: the target failed, or its context is too short.
         """
         began, most = time.perf_counter(), self._parts.drafter.info.max_width
-        if most == 0:
+        if not self._parts.drafter.info.default_width:
             return None
         plain = self.cycle_seconds(0, PLAIN_CYCLES)
         points: dict[int, float] = {}
@@ -181,6 +182,9 @@ def calibrate(parts: EngineParts, spec: PipelineSpec, *, fresh: bool = False) ->
     except DraftloomError as error:
         _log.info("cycles cannot be timed: %s", error)
         return None
+    finally:
+        gc.collect()  # the caches of the made-up text go before the first text needs room
+        mx.clear_cache()
     if costs is not None:
         _log.info("a plain cycle takes %.2f ms, by width %s", 1e3 * costs.plain, costs.widths)
         _keep(path, {"key": key, "costs": costs.as_data()})
@@ -195,14 +199,20 @@ def _key(parts: EngineParts, spec: PipelineSpec) -> dict[str, Any]:
     drafter = parts.drafter
     details = mx.device_info()
     plain = attrs.evolve(spec, target="", width=type(spec)().width, sampling=())
+    pipeline = json.dumps(attrs.asdict(plain), sort_keys=True, default=_name_of)
     return {
         "target": digest.hexdigest(),
         "drafter_bytes": drafter.memory() if isinstance(drafter, UsesMemory) else None,
-        "pipeline": plain.to_toml(),
+        "pipeline": pipeline,
         "device": [str(mx.default_device()), details.get("device_name"), platform.machine()],
         "processors": os.cpu_count(),
         "versions": {name: version(name) for name in ("draftloom", "mlx", "mlx-lm")},
     }
+
+
+def _name_of(value: Any) -> str:
+    """What stands for an option that is no plain data: a path, a model that is loaded already."""
+    return str(value) if isinstance(value, Path) else type(value).__name__
 
 
 def _keep(path: Path, data: dict[str, Any]) -> None:

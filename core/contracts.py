@@ -603,5 +603,5 @@ class Reporting(Protocol):
 class Resolvable(Protocol):
     """A policy that stands for another one, chosen by the request."""
 
-    def resolve(self, params: SamplingParams) -> AcceptancePolicy:
+    def resolve(self, params: SamplingParams) -> Any:
         """The policy that serves a request with these parameters."""

@@ -81,6 +81,9 @@ class Engine:
         if request.logprobs is not None:
             self._scores = LogprobReader(request.logprobs, self._vocab_size)
         self.acceptance = self._policy()
+        self._width = parts.width
+        if isinstance(parts.width, Resolvable):
+            self._width = parts.width.resolve(request.sampling)
         self._cache = parts.target.make_cache() if request.cache is None else request.cache
         self._conversion = KVConversion(parts.kv_quantization, self._cache)
         self.stats = GenerationStats(
@@ -188,7 +191,7 @@ class Engine:
                 error = self._learn(event)
                 alarm = self._parts.monitor.listen(event, self._request, self._emitted)
                 if alarm is not None:
-                    alarm = park(alarm, self._parts.width, self.stats)
+                    alarm = park(alarm, self._width, self.stats)
                 if event.finish_reason is None and error is None:
                     error = self._launch_draft()
                 error = self._announce(event, alarm) or error
@@ -245,8 +248,8 @@ class Engine:
             # Whoever goes on with the caches may be another thread: nothing stays undone in them.
             mx.async_eval([entry.state for entry in self._cache])
             self.stats.memory = self._watch.report()
-            if isinstance(self._parts.width, Reporting):
-                self.stats.width = self._parts.width.report()
+            if isinstance(self._width, Reporting):
+                self.stats.width = self._width.report()
             self._parts.hook.generation_finished(event=self.stats)
 
     def logits_row(self, index: int) -> mx.array:
@@ -336,7 +339,7 @@ class Engine:
         """Tell the width policy how the cycle went."""
         if not event.index or event.finish_reason == "cancelled":
             return None
-        width = self._parts.width
+        width = self._width
         try:
             width.observe(event.drafted, self._passed, event.accepted, event.seconds)
         except Exception as error:  # noqa: BLE001 raised by `cycles`
@@ -386,7 +389,7 @@ class Engine:
     def _calls(self) -> dict[str, Callable[..., Any]]:
         parts, policy = self._parts, self.acceptance
         return {
-            "width": self._width,
+            "width": self._choose,
             "draft": self._draft,
             "speculate": self._speculate,
             "verify": lambda block, spec: parts.verifier.verify(parts.target, block, spec),
@@ -398,9 +401,9 @@ class Engine:
             **parts.nodes,
         }
 
-    def _width(self) -> Width:
+    def _choose(self) -> Width:
         chosen, self._chosen = self._chosen, None
-        return self._parts.width.choose(self._max_width) if chosen is None else chosen
+        return self._width.choose(self._max_width) if chosen is None else chosen
 
     def _look_ahead(self) -> None:
         """Between launching a plain cycle's read and waiting for it: launch the next one, if that
@@ -408,7 +411,7 @@ class Engine:
         if self._passed or not self._overlaps or self.stats.generated_tokens + 2 > self._limit:
             return
         try:
-            self._chosen = self._parts.width.choose(self._max_width)
+            self._chosen = self._width.choose(self._max_width)
         except Exception:  # noqa: BLE001 it is asked again after the read, and raises there
             return
         if min(self._chosen) > 0 and self._drafter.alive:

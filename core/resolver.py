@@ -274,7 +274,13 @@ class Resolver:
         spec = self.spec.width
         if drafter is None and spec.use == "auto":
             return None
+        if drafter is None and spec.use == "fixed" and "tokens" not in dict(spec.options):
+            return None
         if spec.use == "auto":
+            options = {"default": drafter.info.default_width, **dict(spec.options)}
+            spec = ComponentSpec.make("auto", options)
+            self.spec = attrs.evolve(self.spec, width=spec)
+        elif spec.use == "fixed" and "tokens" not in dict(spec.options):
             options = {"tokens": drafter.info.default_width, **dict(spec.options)}
             if drafter.info.paired:  # a width that nobody chose need not be kept
                 options.setdefault("park", True)

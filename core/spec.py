@@ -131,8 +131,8 @@ class PipelineSpec:
         verifier: registered name.
         acceptance: registered name.
         rollback: one name for all kinds it serves, or pairs (cache kind, name).
-        width: registered name; an int is ``fixed`` with that many draft tokens; ``auto`` is
-            ``fixed`` at the drafter's default.
+        width: registered name; an int is ``fixed`` with that many draft tokens; ``fixed``
+            without a number is the drafter's own; ``auto`` follows what pays.
         sampling: default sampling parameters, pairs of name and value.
         kv_cache: how the target's key/value caches are packed; None leaves them plain.
         memory: the limit, the length to make room for, prompt tokens run at once.

@@ -27,6 +27,7 @@ def register_acceptance_policies(register: Register) -> None:
 
 @hookimpl
 def register_width_policies(register: Register) -> None:
-    """fixed, adaptive."""
+    """auto, fixed, adaptive."""
+    register("auto", "draftloom.verifiers.width.auto:AutoWidth")
     register("fixed", "draftloom.verifiers.width.fixed:FixedWidth")
     register("adaptive", "draftloom.verifiers.width.adaptive:AdaptiveWidth")

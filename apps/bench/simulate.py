@@ -217,7 +217,7 @@ def simulated_subject(
     base = base.model(model).drafter("simulated-dflash", checkpoint=folder.name, seed=seed)
     base = base.acceptance("simulated", rates=rates, seed=seed).kernels(kernels or {})
     builders: Builders = [
-        (name, base if width is None else base.width(width)) for name, width in widths
+        (name, base.own_width() if width is None else base.width(width)) for name, width in widths
     ]
     plans = [(name, builder.check()) for name, builder in vary(builders)]
     variants = make_variants(plans, base, model, None)

@@ -84,7 +84,7 @@ def audit(
         kv_bits=kv_bits, kv_group_size=kv_group_size, quantized_kv_start=quantized_kv_start,
     )  # fmt: skip
     chosen = None if prompts is None else read_prompts(prompts)
-    builder = flags.builder(state_of(context).plugins)
+    builder = flags.builder(state_of(context).plugins).own_width()
     builder.check()
     from draftloom.apps.audit import run_audit
     from draftloom.apps.prompts import AUDIT_PROMPTS

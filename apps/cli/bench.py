@@ -79,13 +79,13 @@ class _Chosen:
         found = []
         for file in self.pipelines:
             flags = PipelineFlags(target=target, dtype=dtype, kernel=self.kernel, pipeline=file)
-            found.append((file.stem, flags.builder(plugins)))
+            found.append((file.stem, flags.builder(plugins).own_width()))
         drafters: list[str | None] = [*self.drafters]
         if not drafters and (self.block_sizes or self.widths or not self.pipelines):
             drafters = [None]
         for drafter in drafters:
             flags = PipelineFlags(target=target, dtype=dtype, drafter=drafter, kernel=self.kernel)
-            base = flags.builder(plugins)
+            base = flags.builder(plugins).own_width()
             for label, width in self.width_choices():
                 name = " ".join(filter(None, [drafter and Path(drafter).name, label]))
                 found.append((name or "default", base if width is None else base.width(width)))

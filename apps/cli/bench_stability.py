@@ -87,7 +87,7 @@ def stability(
         window=window,
     )
     flags = PipelineFlags(target=target, drafter=drafter, kernel=kernel, pipeline=pipeline)
-    builder = flags.builder(state_of(context).plugins)
+    builder = flags.builder(state_of(context).plugins).own_width()
     with fallback_on_stderr():
         prompts = read_prompts(suite or (), dataset or (), limit)
         report = run_stability(builder, types_of(types), prompts, settings, say_progress)

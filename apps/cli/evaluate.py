@@ -186,17 +186,17 @@ def _named(
         path = Path(given)
         return path.resolve().name if path.is_dir() else given.rsplit("/", 1)[-1]
 
-    named = [(name_of(base.drafter or "drafter"), base.builder(plugins))]
+    named = [(name_of(base.drafter or "drafter"), base.builder(plugins).own_width())]
     taken = {named[0][0]}
     for bits in dict.fromkeys(others.bits):
         packed = attrs.evolve(base, drafter_bits=bits)
-        named.append((f"{named[0][0]}, {bits} bit", packed.builder(plugins)))
+        named.append((f"{named[0][0]}, {bits} bit", packed.builder(plugins).own_width()))
     for given in (*others.against, *([LOOKUP] if others.lookup else [])):
         name = name_of(given)
         while name in taken:
             name += " (against)"
         taken.add(name)
-        named.append((name, attrs.evolve(base, drafter=given).builder(plugins)))
+        named.append((name, attrs.evolve(base, drafter=given).builder(plugins).own_width()))
     return named
 
 

@@ -134,7 +134,7 @@ WidthOption = Annotated[
     str | None,
     typer.Option(
         metavar="POLICY|N",
-        help="A width policy (adaptive), or draft tokens a cycle. Default: the drafter's.",
+        help="A width policy (auto, adaptive, fixed), or draft tokens a cycle. Default: auto.",
         rich_help_panel=PARTS,
     ),
 ]

@@ -74,7 +74,7 @@ def measure(
     reached: list[int] = []
     looked: list[int] = []
     with target.released() as model:
-        builder = PipelineBuilder(plugins=plugins).model(model, target.tokenizer)
+        builder = PipelineBuilder(plugins=plugins).model(model, target.tokenizer).own_width()
         with builder.drafter("dflash", checkpoint=str(drafter)).build() as pipeline:
             for document in documents:
                 prompt = prompt_of(document, context)

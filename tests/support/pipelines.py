@@ -81,7 +81,7 @@ def plugins() -> PluginManager:
 
 def builder(model: nn.Module, tokenizer: Any = None) -> PipelineBuilder:
     """A builder for a loaded model."""
-    return PipelineBuilder(plugins=plugins()).model(model, tokenizer)
+    return PipelineBuilder(plugins=plugins()).model(model, tokenizer).width("fixed")
 
 
 def adapt(model: nn.Module) -> TargetAdapter:

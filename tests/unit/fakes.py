@@ -301,7 +301,7 @@ def pipeline_of(
         drafter = "under-test"
     builder = PipelineBuilder(plugins=plugins(*extra))
     builder = builder.model(model() if target is None else target, tokenizer)
-    return configure(builder.drafter(drafter)).build()
+    return configure(builder.drafter(drafter).width("fixed")).build()
 
 
 DFLASH = {

@@ -83,7 +83,7 @@ def test_defaults_of_an_attention_model(attention: str) -> None:
         "verifier": "block",
         "acceptance": "auto",
         "rollback": "trim",
-        "width": "fixed 8",
+        "width": "auto",
     }
     assert plan.target.cache_kinds == (CacheKind.ATTENTION, CacheKind.ATTENTION)
     assert plan.target.vocab_size == ATTENTION["vocab_size"]
@@ -112,7 +112,8 @@ def test_the_bundled_target_brings_its_drafter() -> None:
     assert plan.names["target"] == "python-24m"
     assert plan.names["drafter"] == "dflash"
     assert plan.drafter.info.max_width == 15
-    assert plan.names["width"] == "fixed 15"
+    assert plan.names["width"] == "auto"
+    assert PipelineBuilder(plugins=plugins()).own_width().check().names["width"] == "fixed 15"
 
 
 def test_a_drafter_that_is_named_without_checkpoint_gets_the_targets_own() -> None:
@@ -131,7 +132,7 @@ def test_what_was_resolved_is_in_the_spec(attention: str, tmp_path: Path) -> Non
     checkpoint = str(write_dflash(tmp_path / "dflash", weights=False))
     plan = builder(attention).drafter(checkpoint).check()
     assert plan.spec.drafter == ComponentSpec.make("dflash", {"checkpoint": checkpoint})
-    assert plan.spec.width == ComponentSpec.make("fixed", {"tokens": 4, "park": True})
+    assert plan.spec.width == ComponentSpec.make("auto", {"default": 4})
     assert PipelineSpec.from_toml(plan.spec.to_toml()) == plan.spec
 
 

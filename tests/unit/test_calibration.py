@@ -268,3 +268,15 @@ def test_a_policy_that_reports_nothing_leaves_the_field_empty() -> None:
     extra = Offer("silent", width={"silent": Silent()})
     with pipeline_of("none", extra, configure=lambda b: b.width("silent")) as pipeline:
         assert pipeline.generate(PROMPT, max_tokens=2).stats.width == ""
+
+
+def test_a_drafter_with_a_model_that_is_loaded_already(folder: Path) -> None:
+    small = pipeline_of(target=model("attention", 2))
+    with (
+        small,
+        pipeline_of(
+            "none", configure=lambda b: b.drafter("autoregressive", model=small._parts.target)
+        ) as pipeline,
+    ):
+        assert calibrate(pipeline._parts, pipeline.spec) is not None
+    assert len(kept(folder)) == 1

@@ -205,8 +205,7 @@ def run(name: str, width: Any = None, **options: Any) -> tuple[list[Any], list[M
     heard = Heard(DRAFTERS[name]())
     plugins = draftloom.PluginManager(entry_points=False, extra=[heard])
     builder = draftloom.PipelineBuilder(plugins=plugins).model(target(0)).drafter("test.reader")
-    if width is not None or options:
-        builder = builder.width("auto" if width is None else width, **options)
+    builder = builder.width("fixed" if width is None else width, **options)
     with builder.build() as pipeline:
         results = [pipeline.generate(prompt, max_tokens=40) for prompt in prompts()]
     return results, heard.events
@@ -222,7 +221,7 @@ def test_the_right_pair_never_makes_it_ring() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in DRAFTERS if name != "right"])
-def test_it_rings_and_an_unchosen_width_is_parked(name: str) -> None:
+def test_it_rings_and_a_width_of_no_number_is_parked(name: str) -> None:
     with pytest.warns(DrafterMismatchWarning) as told:
         results, alarms = run(name)
     for prompt, result in zip(prompts(), results, strict=True):
@@ -321,4 +320,7 @@ def test_a_stated_length_that_is_none(value: Any) -> None:
 def test_the_bundled_drafter_states_its_length() -> None:
     plan = draftloom.PipelineBuilder().check()
     assert plan.drafter.info.stated_length == 3.1
-    assert dict(plan.spec.width.options) == {"tokens": 15, "park": True}
+    assert plan.spec.width.use == "auto"
+    assert dict(plan.spec.width.options) == {"default": 15}
+    measured = draftloom.PipelineBuilder().own_width().check()
+    assert dict(measured.spec.width.options) == {"tokens": 15, "park": True}

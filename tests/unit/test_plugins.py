@@ -588,7 +588,7 @@ def test_the_recording_plugin_implements_every_hook() -> None:
 def test_every_hook_is_called(recording: RecordingPlugin, tmp_path: Path) -> None:
     calls = recording.calls
     manager = plugins(recording)
-    builder = PipelineBuilder("recording:tiny", plugins=manager)
+    builder = PipelineBuilder("recording:tiny", plugins=manager).own_width()
     with builder.build() as pipeline:
         result = pipeline.generate(PROMPT, max_tokens=4)
     assert result.token_ids == plain(model(), PROMPT, 4)

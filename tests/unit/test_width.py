@@ -1,11 +1,14 @@
 """Width policies: fixed widths, and the adaptive one against machines with known prices."""
 
 import random
+from pathlib import Path
 
 import pytest
 
 import draftloom
+from draftloom import SamplingParams
 from draftloom.verifiers.width.adaptive import AdaptiveWidth
+from draftloom.verifiers.width.auto import AutoWidth
 from draftloom.verifiers.width.fixed import FixedWidth
 
 
@@ -108,6 +111,31 @@ def test_fixed() -> None:
     for bad in ({"tokens": -1}, {"tokens": 2, "verify": 3}):
         with pytest.raises(ValueError, match="must be"):
             FixedWidth(**bad)
+
+
+def test_auto_repeats_where_a_sampled_text_is_to_repeat() -> None:
+    policy = AutoWidth(default=6)
+    for params in ({}, {"seed": 1}, {"temperature": 0.7}):
+        assert policy.resolve(SamplingParams(**params)) is policy
+    fixed = policy.resolve(SamplingParams(temperature=0.7, seed=1))
+    assert isinstance(fixed, FixedWidth)
+    assert fixed.choose(15) == (6, 6)
+    assert policy.park()
+    assert policy.choose(15) == fixed.choose(15) == (0, 0)
+
+
+def test_the_default_width_of_a_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    builder = draftloom.PipelineBuilder().drafter("prompt-lookup")
+    assert builder.check().names["width"] == "auto"
+    assert builder.own_width().check().names["width"] == "fixed 8"
+    assert builder.width("fixed").check().names["width"] == "fixed 8"
+    assert builder.width(3).own_width().check().names["width"] == "fixed 3"
+    assert builder.width("adaptive").own_width().check().names["width"] == "adaptive"
+    with builder.build() as pipeline:
+        drawn = {"temperature": 0.8, "seed": 5, "max_tokens": 12}
+        texts = [pipeline.generate("for i in range(10):\n", **drawn).token_ids for _ in range(2)]
+    assert texts[0] == texts[1]
 
 
 def test_an_adaptive_pipeline_writes_the_target_s_own_text() -> None:

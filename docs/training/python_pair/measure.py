@@ -50,7 +50,7 @@ def parses(prompt: str, completion: str) -> bool:
 def decode(args: argparse.Namespace) -> None:
     import draftloom
 
-    builder = draftloom.PipelineBuilder(args.target).dtype("float32")
+    builder = draftloom.PipelineBuilder(args.target).dtype("float32").own_width()
     if args.drafter:
         builder = builder.drafter("dflash", checkpoint=args.drafter)
     pipeline = builder.build()
