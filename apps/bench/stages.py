@@ -27,6 +27,7 @@ from draftloom.contracts import (
     TargetOutput,
     Verifier,
 )
+from draftloom.drafting import propose_first
 from draftloom.pipeline import Pipeline
 from draftloom.sampling import SamplingParams, SamplingState
 
@@ -91,9 +92,14 @@ class _Session:
         )
 
     def propose(self, anchor: mx.array, width: int, sampling: SamplingState) -> Draft:
+        return self.propose_first(anchor, width, width, sampling)
+
+    def propose_first(
+        self, anchor: mx.array, width: int, count: int, sampling: SamplingState
+    ) -> Draft:
         return self._clock.timed(
             "draft",
-            lambda: self._session.propose(anchor, width, sampling),
+            lambda: propose_first(self._session, anchor, width, count, sampling),
             lambda draft: _given(draft.tokens, draft.probs, draft.candidates, draft.healthy),
         )
 
