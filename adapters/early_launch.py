@@ -7,7 +7,7 @@ that it works on the first ones while the host builds the rest. No value changes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -15,6 +15,7 @@ import mlx.nn as nn
 
 from draftloom.contracts import ComponentInfo
 from draftloom.kernel_settings import KernelSettings
+from draftloom.kernels.check import Check
 
 from .taps import TapLayer
 
@@ -42,6 +43,33 @@ class Places:
         end of the pass launches."""
         parts = count if self._parts is None else min(self._parts, count)
         return sorted({count * (i + 1) // parts - 1 for i in range(parts - 1)})
+
+    def checks(self) -> Iterator[Check]:
+        """A stack of layers with launches on the way gives the very bits of one without."""
+        for dtype, rows in ((mx.float32, 7), (mx.bfloat16, 1)):
+            yield _check(self.name, dtype, rows)
+
+
+def _check(name: str, dtype: mx.Dtype, rows: int) -> Check:
+    keys = mx.random.split(mx.random.key(3), 10)
+    inputs = mx.random.normal((1, rows, 64), key=keys[0]).astype(dtype)
+    layers: list[nn.Module] = []
+    for key in keys[1:]:
+        layer = nn.Linear(64, 64, bias=False)
+        layer.weight = (mx.random.normal((64, 64), key=key) / 8).astype(dtype)
+        layers.append(layer)
+
+    def run(choice: str) -> list[mx.array]:
+        launches, x = EarlyLaunch(layers), inputs
+        launches.tune(KernelSettings.of({OPERATION: choice}))
+        for layer in layers:
+            x = nn.silu(layer(x))
+        launches.restore()
+        return [x]
+
+    kind = str(dtype).rpartition(".")[2]
+    label = f"9 layers {kind} T{rows} D64"
+    return Check(label, lambda: run(name), lambda: run("off"), (0.0,))
 
 
 eighths = Places("eighths", "a pass in eight pieces", 8)
