@@ -3,11 +3,10 @@
 Memory: the tape is a few vectors a token and layer. The state before the block is the cache
 itself, which verify leaves alone; no second state is held.
 
-Deferred replay: a commit may leave the replay undone. The cache then holds the state as a lazy
-array, which anybody may read, and beside it stands what it is made of: the state before, the tape,
-and how many entries. The next block of the same cache hands that to the layer, which replays and
-verifies in one launch. It is keyed to the very array in the cache, so that a cache that somebody
-has written to since goes by what is in it.
+Deferred replay: a commit may leave the replay undone. The cache's slots then say what the state is
+made of (`DeferredSlots`): the state before, the tape, and how many entries. Anybody who looks at
+the state finds it as a lazy array. The next block hands what it is made of to the layer instead,
+which replays and verifies in one launch.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache
@@ -24,13 +22,11 @@ from draftloom.contracts import CacheKind, ComponentInfo, LayerSpeculation, Need
 from draftloom.errors import UsageError
 from draftloom.kernel_settings import AUTO, OFF, KernelSettings
 from draftloom.kernels import gated_delta, ssm
-from draftloom.recording import Deferred, RecordingEntry
+from draftloom.recording import Deferred, DeferredSlots, RecordingEntry
 
 from .trim import TrimRollback
 
 __all__ = ["TapeReplayRollback"]
-
-_Left = WeakKeyDictionary[ArraysCache, Deferred]
 
 
 class TapeReplayRollback:
@@ -50,7 +46,6 @@ class TapeReplayRollback:
 
     def __init__(self, defer: bool | None = None) -> None:
         self._given = defer
-        self._left: _Left = WeakKeyDictionary()
         self.tune(KernelSettings())
 
     def tune(self, settings: KernelSettings) -> None:
@@ -82,10 +77,9 @@ class TapeReplayRollback:
             raise UsageError(
                 f"tape-replay cannot take back a {type(entry).__name__}", "use snapshot"
             )
-        if tokens == 1:
-            self._left.pop(entry, None)
-            return _OneToken(entry)
-        return _Recorded(entry, tokens, self._use, self._left if self._defers else None)
+        return (
+            _OneToken(entry) if tokens == 1 else _Recorded(entry, tokens, self._use, self._defers)
+        )
 
     def _child(self, entry: Any, block: mx.array) -> LayerSpeculation:
         if type(entry) is KVCache:
@@ -153,7 +147,7 @@ class _Recorded:
         entry: the cache.
         tokens: of the block.
         use: the kernel that replays.
-        left: where commits leave how the state they reach comes about; None computes it.
+        defers: whether commits leave the replay to whoever wants the state.
     """
 
     reforwards = False
@@ -163,17 +157,14 @@ class _Recorded:
         entry: Any,
         tokens: int,
         use: gated_delta.Preference | None,
-        left: _Left | None,
+        defers: bool,
     ) -> None:
         self._cache = entry
-        self._before = list(entry.cache)
+        slots = entry.cache
+        self._before: list[Any] = slots if isinstance(slots, DeferredSlots) else list(slots)
         self._tokens = tokens
-        self._left = left
         self._delta_replay = partial(gated_delta.replay, use=use)
-        deferred = None if left is None else left.get(entry)
-        self.entry = RecordingEntry(entry, defers=left is not None, deferred=deferred)
-        if left is not None and self.entry.deferred is None:
-            left.pop(entry, None)
+        self.entry = RecordingEntry(entry, defers)
         self.started: list[mx.array] = []
 
     def commit(self, num_accepted: Sequence[int]) -> None:
@@ -185,7 +176,7 @@ class _Recorded:
             count = len(entry.windows[0])
             kept = [self._window(slot, num_accepted) for slot in range(count)]
             if before is not None:
-                kept.append(self._defer(before, num_accepted))
+                kept = self._defer(kept, before, num_accepted)
                 self.started = [before]
             elif len(self._before) > count:
                 kept.append(self._replay(self._state(), num_accepted))
@@ -193,7 +184,8 @@ class _Recorded:
         self._cache.cache = kept
 
     def abort(self) -> None:
-        self._cache.cache = list(self._before)
+        deferred = isinstance(self._before, DeferredSlots)
+        self._cache.cache = self._before if deferred else list(self._before)
 
     def _window(self, slot: int, num_accepted: Sequence[int]) -> mx.array:
         """The last W inputs of a convolution after the kept tokens."""
@@ -217,20 +209,20 @@ class _Recorded:
             return ssm.replay(state, ssm.concat_tapes(tapes), count)
         return self._delta_replay(state, gated_delta.concat_tapes(tapes), count)
 
-    def _defer(self, before: mx.array, num_accepted: Sequence[int]) -> mx.array:
-        """The state after the kept tokens, lazily; the next block may replay them itself.
+    def _defer(
+        self, windows: list[Any], before: mx.array, num_accepted: Sequence[int]
+    ) -> DeferredSlots:
+        """The slots after the kept tokens; nothing is replayed.
 
         What the state before this block was made from is let go: `before` is that state. So there
-        are never more than two states of a layer, that one and the next, and no lazy replay is
-        made from another.
+        are never more than two states of a layer, that one and the next, and no replay is made from
+        another.
         """
-        assert self._left is not None
+        if isinstance(self._before, DeferredSlots):
+            self._before = [*self._before.windows, before]
         tape = gated_delta.concat_tapes(self.entry.tapes)
         deferred = Deferred(before, tape, _count(num_accepted), self._delta_replay)
-        self._left[self._cache] = deferred
-        if self._before[-1] is not None:
-            self._before[-1] = before
-        return deferred.result
+        return DeferredSlots(windows, deferred)
 
 
 def _count(num_accepted: Sequence[int]) -> int | mx.array:

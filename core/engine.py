@@ -19,6 +19,7 @@ from typing import Any
 
 import attrs
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from draftloom.contracts import (
     AcceptancePolicy,
@@ -246,7 +247,7 @@ class Engine:
             self._ahead.drop()
             self._conversion.settle()
             # Whoever goes on with the caches may be another thread: nothing stays undone in them.
-            mx.async_eval([entry.state for entry in self._cache])
+            mx.async_eval(tree_flatten([entry.state for entry in self._cache]))
             self.stats.memory = self._watch.report()
             if isinstance(self._width, Reporting):
                 self.stats.width = self._width.report()

@@ -10,16 +10,16 @@ about, so that the next pass can do that work together with its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import attrs
 import mlx.core as mx
 
-__all__ = ["Deferred", "RecordingEntry"]
+__all__ = ["Deferred", "DeferredSlots", "RecordingEntry"]
 
 
-@attrs.define(eq=False)
+@attrs.frozen(eq=False)
 class Deferred:
     """A recurrent state that is still to be replayed from a tape.
 
@@ -34,14 +34,62 @@ class Deferred:
     tape: Any
     count: int | mx.array
     replay: Callable[[mx.array, Any, Any], mx.array]
-    _result: mx.array | None = attrs.field(default=None, init=False)
+
+    def result(self) -> mx.array:
+        """The state as a lazy array."""
+        return self.replay(self.state, self.tape, self.count)
+
+
+class DeferredSlots(list[Any]):
+    """The slots of a recurrent cache, the last of which, the state, is still to be replayed.
+
+    It is a list to whoever looks, `mx.eval` included: the state is then a lazy array, made at the
+    first look. A copy is a plain list. Writing to the state ends the deferral.
+
+    Args:
+        slots: the slots before the state; all of them where nothing is deferred.
+        deferred: how the state comes about.
+
+    Attributes:
+        deferred: as above; None once the state was written.
+    """
+
+    def __init__(self, slots: Iterable[Any] = (), deferred: Deferred | None = None) -> None:
+        super().__init__(slots)
+        self.deferred = deferred
+        if deferred is not None:
+            super().append(None)
 
     @property
-    def result(self) -> mx.array:
-        """The state as an array, always the same one; lazy until somebody reads it."""
-        if self._result is None:
-            self._result = self.replay(self.state, self.tape, self.count)
-        return self._result
+    def windows(self) -> list[Any]:
+        """The slots before the state."""
+        return super().__getitem__(slice(len(self) - 1))
+
+    def _look(self) -> None:
+        if self.deferred is not None and super().__getitem__(-1) is None:
+            super().__setitem__(-1, self.deferred.result())
+
+    def __getitem__(self, index: Any) -> Any:
+        if not isinstance(index, int) or index in (-1, len(self) - 1):
+            self._look()
+        return super().__getitem__(index)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        if not isinstance(index, int) or index in (-1, len(self) - 1):
+            self._look()
+            self.deferred = None
+        super().__setitem__(index, value)
+
+    def __iter__(self) -> Iterator[Any]:
+        self._look()
+        return super().__iter__()
+
+    def copy(self) -> list[Any]:
+        """A plain list of the slots."""
+        return [*self]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return list, ([*self],)
 
 
 class RecordingEntry:
@@ -52,9 +100,7 @@ class RecordingEntry:
 
     Args:
         entry: the cache it stands in for; only read.
-        defers: whether the state after a pass is left to whoever wants it.
-        deferred: how the state in the cache comes about, where it is still to be replayed. It is
-            ignored unless the cache holds that very array.
+        defers: whether states are left to whoever wants them.
 
     Attributes:
         slots: the working slots, as the cache's `cache` list.
@@ -68,14 +114,16 @@ class RecordingEntry:
         before: the state before the first pass, where that one left the state after it deferred.
     """
 
-    def __init__(self, entry: Any, defers: bool = False, deferred: Deferred | None = None) -> None:
+    def __init__(self, entry: Any, defers: bool = False) -> None:
         self._entry = entry
-        self.slots: list[Any] = list(entry.cache)
+        slots = entry.cache
+        self.deferred: Deferred | None = None
+        if defers and isinstance(slots, DeferredSlots):
+            self.deferred = slots.deferred
+        self.slots: list[Any] = list(slots) if self.deferred is None else [*slots.windows, None]
         self.tapes: list[Any] = []
         self.windows: list[tuple[mx.array, ...]] = []
         self.defers = defers
-        known = deferred is not None and self.slots[-1] is deferred.result
-        self.deferred = deferred if known else None
         self.before: mx.array | None = None
 
     def record(self, tape: Any, *windows: mx.array, after: Deferred | None = None) -> None:
@@ -123,8 +171,8 @@ class RecordingEntry:
     @property
     def state(self) -> Any:
         """The working slots, with a deferred state as its (lazy) array."""
-        if self.deferred is not None:
-            self.slots[-1] = self.deferred.result
+        if self.deferred is not None and self.slots[-1] is None:
+            self.slots[-1] = self.deferred.result()
         return self.slots
 
     def make_mask(self, tokens: int) -> mx.array | None:

@@ -18,11 +18,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.cache import ArraysCache, load_prompt_cache, save_prompt_cache
 
 from draftloom.adapters import gated_delta
 from draftloom.adapters.gated_delta import RecordingMixer, project_qwen3_5
 from draftloom.caches.tape_replay import TapeReplayRollback
+from draftloom.kernels import gated_delta as kernels
+from draftloom.recording import Deferred, DeferredSlots
 from tests.support import cases, models
 from tests.support.profile import examples
 
@@ -128,6 +131,60 @@ def test_the_next_block_replays_and_verifies_at_once(monkeypatch: pytest.MonkeyP
     run(layer, rollback, cache, 9, 3, 2)
     assert layer.fused == 2, "after a block of one the cache holds a state that was computed"
     layer.check(cache, [11])
+
+
+def test_a_replay_that_nobody_looks_at_is_not_even_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[int] = []
+    replay = kernels.replay
+
+    def counted(state: mx.array, tape: Any, n: Any, **more: Any) -> mx.array:
+        built.append(n)
+        return replay(state, tape, n, **more)
+
+    monkeypatch.setattr(kernels, "replay", counted)
+    layer, cache = Layer("qwen3_5-v2", monkeypatch), ArraysCache(2)
+    rollback = TapeReplayRollback(defer=True)
+    for at in (0, 2, 4):
+        run(layer, rollback, cache, at, 4, 2)
+    assert layer.fused == 2
+    assert not built
+    mx.eval(cache.state)
+    assert built == [2], "evaluating looks at the slots"
+    layer.check(cache, [6])
+    assert cache[1] is cache.cache[1] is list(cache.cache)[1]
+    assert built == [2], "looked at more than once, made once"
+
+
+def test_deferred_slots_are_a_list_to_whoever_looks() -> None:
+    made: list[int] = []
+
+    def replay(state: mx.array, tape: Any, count: Any) -> mx.array:
+        made.append(count)
+        return state + count
+
+    def slots() -> DeferredSlots:
+        made.clear()
+        return DeferredSlots([mx.array([1.0])], Deferred(mx.array([2.0]), None, 3, replay))
+
+    def numbers(found: list[Any]) -> list[Any]:
+        return [value.item() for value in found]
+
+    assert len(slots()) == 2
+    assert slots()[0].item() == 1.0
+    assert not made, "the window is there"
+    for found in (
+        list(slots()), [*slots()], slots()[:], slots().copy(), copy.copy(slots()),
+        copy.deepcopy(slots()), [slots()[0], slots()[1]], [slots()[-2], slots()[-1]],
+        [value for _, value in tree_flatten(slots())], tree_map(lambda value: value, slots()),
+    ):  # fmt: skip
+        assert numbers(found) == [1.0, 5.0]
+        assert getattr(found, "deferred", None) is None
+    written = slots()
+    written[0] = mx.array([7.0])
+    assert written.deferred is not None
+    written[1] = mx.array([8.0])
+    assert written.deferred is None
+    assert numbers(written) == [7.0, 8.0]
 
 
 def test_by_default_nothing_is_deferred(monkeypatch: pytest.MonkeyPatch) -> None:
