@@ -36,6 +36,7 @@ _KINDS = {mx.float32: 0, mx.float16: 1, mx.bfloat16: 2}
 _LENGTHS = 4  # MLX-CUDA keeps arrays of 8 bytes or less in host memory, slow to read from a kernel
 _GRID_LIMIT = 65535  # CUDA's limit on the z extent of a grid
 _GROUPS = 132  # threadgroups to make of the keys: one for each multiprocessor of an H100
+_TILE = 16 * 1024
 _MOST_SPLITS = 64  # what the second pass adds up
 
 
@@ -113,7 +114,10 @@ class Geometry:
 
 
 def geometry_for(rows: int, size: int, item: int, memory: int) -> Geometry:
-    """The geometry for so many packed rows: none of it has been timed yet.
+    """The geometry for so many packed rows: by arithmetic, none of it has been timed yet.
+
+    A tile is 16 KB where that makes 16 to 64 keys: what a multiprocessor has to have on its way to
+    read at full speed. Where it is less, there are more threadgroups to share one.
 
     Args:
         rows: Hq / Hkv * M.
@@ -122,10 +126,14 @@ def geometry_for(rows: int, size: int, item: int, memory: int) -> Geometry:
         memory: threadgroup memory that may be used, bytes.
     """
     height = 16 if rows <= 16 else 32 if rows <= 32 else 64
-    wide = Geometry(height, 32, {16: 4, 32: 8, 64: 8}[height])
-    if wide.threadgroup_bytes(size, item) <= memory:
-        return wide
-    return Geometry(height, 16, {16: 2, 32: 4, 64: 8}[height])
+    keys = max(16, min(64, _TILE // (size * item)))
+    while True:
+        sharing = min(8 * 16 // height, keys // 8, 4)
+        groups = _GROUPS * max(1, _TILE // (keys * size * item))
+        tried = Geometry(height, keys, height // 16 * sharing, groups)
+        if keys == 16 or tried.threadgroup_bytes(size, item) <= memory:
+            return tried
+        keys //= 2
 
 
 @attrs.frozen

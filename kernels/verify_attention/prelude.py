@@ -71,20 +71,27 @@ inline QueryRows<P> queries_at(P row0, P row1, int lane) {
   rows.row1 = row1;
   return rows;
 }
-// sums += queries [16, D] times keys [8, D]
-template <typename T, int D, int LD, int KIND, typename P, typename S>
-inline void score_tile(thread float* sums, thread const QueryRows<P>& rows, S keys, int lane) {
-  S key0 = keys + 2 * (lane % 4) * LD;
-  S key1 = key0 + LD;
-  for (int d = 0; d < D; ++d) {
-    const float q0 = static_cast<float>(rows.row0[d]);
-    const float q1 = static_cast<float>(rows.row1[d]);
-    const float k0 = static_cast<float>(key0[d]);
-    const float k1 = static_cast<float>(key1[d]);
-    sums[0] += q0 * k0;
-    sums[1] += q0 * k1;
-    sums[2] += q1 * k0;
-    sums[3] += q1 * k1;
+// sums = queries [16, D] times keys [8, D], for NT tiles one below the other
+template <typename T, int D, int NT, int LD, int KIND, typename P, typename S>
+inline void score_tiles(
+    thread float (*sums)[4], thread const QueryRows<P>& rows, S keys, int lane) {
+  for (int t = 0; t < NT; ++t) {
+    S key0 = keys + (8 * t + 2 * (lane % 4)) * LD;
+    S key1 = key0 + LD;
+    float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    for (int d = 0; d < D; ++d) {
+      const float q0 = static_cast<float>(rows.row0[d]);
+      const float q1 = static_cast<float>(rows.row1[d]);
+      const float k0 = static_cast<float>(key0[d]);
+      const float k1 = static_cast<float>(key1[d]);
+      sum[0] += q0 * k0;
+      sum[1] += q0 * k1;
+      sum[2] += q1 * k0;
+      sum[3] += q1 * k1;
+    }
+    for (int e = 0; e < 4; ++e) {
+      sums[t][e] = sum[e];
+    }
   }
 }
 // sums += weights [16, BN] times values [BN, 8], for OT tiles side by side
@@ -222,26 +229,55 @@ __device__ __forceinline__ typename QueriesOf<T, D, KIND>::Type queries_at(
     const T* row0, const T* row1, int lane) {
   return QueriesOf<T, D, KIND>::at(row0, row1, lane);
 }
-// sums += queries [16, D] times keys [8, D]
-template <typename T, int D, int LD, int KIND>
-__device__ __forceinline__ void score_tile(
-    float* sums, const QueryFragments<D>& rows, const T* keys, int lane) {
+// sums = queries [16, D] times keys [8, D], for NT tiles one below the other. Every second product
+// has sums of its own: a tensor core's result is long in coming, and no product waits for the last.
+template <typename T, int D, int NT, int LD, int KIND>
+__device__ __forceinline__ void score_tiles(
+    float (*sums)[4], const QueryFragments<D>& rows, const T* keys, int lane) {
   const T* key = keys + (lane / 4) * LD + 2 * (lane % 4);
+  float odd[NT][4];
   UNROLL
-  for (int k = 0; k < D / 16; ++k) {
-    mma_16x8x16<KIND>(sums, rows.a[k], pair_at(key + 16 * k), pair_at(key + 16 * k + 8));
+  for (int t = 0; t < NT; ++t) {
+    UNROLL
+    for (int e = 0; e < 4; ++e) {
+      sums[t][e] = odd[t][e] = 0.0f;
+    }
+  }
+  UNROLL
+  for (int k = 0; k < D / 16; k += 2) {
+    UNROLL
+    for (int t = 0; t < NT; ++t) {
+      const T* at = key + 8 * t * LD + 16 * k;
+      mma_16x8x16<KIND>(sums[t], rows.a[k], pair_at(at), pair_at(at + 8));
+      mma_16x8x16<KIND>(odd[t], rows.a[k + 1], pair_at(at + 16), pair_at(at + 24));
+    }
+  }
+  UNROLL
+  for (int t = 0; t < NT; ++t) {
+    UNROLL
+    for (int e = 0; e < 4; ++e) {
+      sums[t][e] += odd[t][e];
+    }
   }
 }
-template <typename T, int D, int LD, int KIND>
-__device__ __forceinline__ void score_tile(
-    float* sums, const QueryRows<const T*>& rows, const T* keys, int lane) {
-  const T* key0 = keys + 2 * (lane % 4) * LD;
-  const T* key1 = key0 + LD;
-  for (int d = 0; d < D; ++d) {
-    sums[0] += rows.row0[d] * key0[d];
-    sums[1] += rows.row0[d] * key1[d];
-    sums[2] += rows.row1[d] * key0[d];
-    sums[3] += rows.row1[d] * key1[d];
+template <typename T, int D, int NT, int LD, int KIND>
+__device__ __forceinline__ void score_tiles(
+    float (*sums)[4], const QueryRows<const T*>& rows, const T* keys, int lane) {
+  UNROLL
+  for (int t = 0; t < NT; ++t) {
+    const T* key0 = keys + (8 * t + 2 * (lane % 4)) * LD;
+    const T* key1 = key0 + LD;
+    float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    for (int d = 0; d < D; ++d) {
+      sum[0] += rows.row0[d] * key0[d];
+      sum[1] += rows.row0[d] * key1[d];
+      sum[2] += rows.row1[d] * key0[d];
+      sum[3] += rows.row1[d] * key1[d];
+    }
+    UNROLL
+    for (int e = 0; e < 4; ++e) {
+      sums[t][e] = sum[e];
+    }
   }
 }
 // sums += weights [16, BN] times values [BN, 8], for OT tiles side by side

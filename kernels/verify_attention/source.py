@@ -121,10 +121,9 @@ _PARTIAL = (
     float score[NT][4];
     float best0 = LOWEST;
     float best1 = LOWEST;
+    score_tiles<CT, D, NT, LD, KIND>(score, mine, tile + part * NT * 8 * LD, lane);
     UNROLL
     for (int t = 0; t < NT; ++t) {
-      score[t][0] = score[t][1] = score[t][2] = score[t][3] = 0.0f;
-      score_tile<CT, D, LD, KIND>(score[t], mine, tile + (part * NT + t) * 8 * LD, lane);
       UNROLL
       for (int e = 0; e < 4; ++e) {
         const int j = j0 + (part * NT + t) * 8 + 2 * (lane % 4) + e % 2;
