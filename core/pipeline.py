@@ -9,7 +9,7 @@ import attrs
 from mlx_lm.generate import wired_limit
 
 from draftloom.calibration import calibrate
-from draftloom.contracts import Calibratable, CycleNode, TargetInfo
+from draftloom.contracts import Calibratable, CycleNode, Resolvable, TargetInfo
 from draftloom.engine import Engine
 from draftloom.errors import UsageError
 from draftloom.events import CycleEvent, FinishReason, GenerationStats, TokenLogprob
@@ -312,12 +312,19 @@ class Pipeline:
 
     def engine(self, prompt: tuple[int, ...], options: GenerateOptions) -> Engine:
         """A decode loop over token ids, for those who want no text."""
-        self._calibrate()
-        eos = getattr(self.tokenizer, "eos_token_ids", None) or ()
+        eos, sampling = (
+            getattr(self.tokenizer, "eos_token_ids", None) or (),
+            self._sampling(options),
+        )
+        width = self._parts.width
+        if isinstance(width, Resolvable):
+            width = width.resolve(sampling)
+        if isinstance(width, Calibratable):
+            self.calibrate()
         request = EngineRequest(
             prompt=prompt,
             max_tokens=options.max_tokens,
-            sampling=self._sampling(options),
+            sampling=sampling,
             eos_token_ids=frozenset(() if options.ignore_eos else eos),
             prefill_chunk=options.prefill_chunk,
             cache=options.cache,
@@ -327,8 +334,9 @@ class Pipeline:
         )
         return Engine(self._parts, request)
 
-    def _calibrate(self) -> None:
-        """Tell a width policy that wants to know what cycles cost here; once."""
+    def calibrate(self) -> None:
+        """Tell the width policy what cycles cost here, if it wants to know: as kept, or measured in
+        a few seconds. The first text does it by itself; here it can be done before."""
         width = self._parts.width
         if self._calibrated or not isinstance(width, Calibratable) or width.calibrate == "off":
             return

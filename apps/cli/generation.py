@@ -94,7 +94,10 @@ def build(builder: PipelineBuilder) -> Pipeline:
             f"acceptance {plan.names['acceptance']} is lossy: the text may not be the target's own"
         )
     with busy(f"loading {Path(name).name or name}"):
-        return builder.build()
+        pipeline = builder.build()
+    with busy("measuring what drafting costs here (once)"):
+        pipeline.calibrate()
+    return pipeline
 
 
 def run_generation(

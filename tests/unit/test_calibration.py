@@ -280,3 +280,20 @@ def test_a_drafter_with_a_model_that_is_loaded_already(folder: Path) -> None:
     ):
         assert calibrate(pipeline._parts, pipeline.spec) is not None
     assert len(kept(folder)) == 1
+
+
+def test_it_can_be_done_before_the_first_text(folder: Path) -> None:
+    with pipeline_of(repeats(), configure=lambda b: b.width("adaptive")) as pipeline:
+        pipeline.calibrate()
+        before = kept(folder)
+        pipeline.generate(PROMPT, max_tokens=2)
+    assert len(before) == 1
+    assert kept(folder) == before
+
+
+def test_a_text_at_a_fixed_width_waits_for_no_measurement(folder: Path) -> None:
+    with pipeline_of(repeats(), configure=lambda b: b.width("auto")) as pipeline:
+        pipeline.generate(PROMPT, max_tokens=2, temperature=0.5, seed=1)
+        assert not kept(folder)
+        pipeline.generate(PROMPT, max_tokens=2)
+    assert len(kept(folder)) == 1
