@@ -13,9 +13,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import llama, qwen2, qwen3, qwen3_moe
-from mlx_lm.models.qwen3_5 import GatedDeltaNet
-from mlx_lm.models.qwen3_next import Qwen3NextAttention, Qwen3NextGatedDeltaNet, Qwen3NextMLP
 
 from draftloom.kernel_settings import AUTO, OFF, KernelSettings
 from draftloom.kernels.packed_projections import (
@@ -29,25 +26,51 @@ from draftloom.kernels.packed_projections import (
 __all__ = ["OPERATION", "SITES", "PackedModel"]
 
 OPERATION = "packed-projections"
-_QKV = ("attention", ("q_proj", "k_proj", "v_proj"))
-_GATE_UP = ("mlp", ("gate_proj", "up_proj"))
-SITES: dict[type, tuple[str, tuple[str, ...]]] = {
-    GatedDeltaNet: ("gated-delta", ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")),
-    Qwen3NextGatedDeltaNet: ("gated-delta", ("in_proj_qkvz", "in_proj_ba")),
-    Qwen3NextAttention: _QKV,
-    llama.Attention: _QKV,
-    qwen2.Attention: _QKV,
-    qwen3.Attention: _QKV,
-    qwen3_moe.Attention: _QKV,
-    Qwen3NextMLP: _GATE_UP,
-    llama.MLP: _GATE_UP,
-    qwen2.MLP: _GATE_UP,
-    qwen3.MLP: _GATE_UP,
-    qwen3_moe.MLP: _GATE_UP,
+_QKV = ("q_proj", "k_proj", "v_proj")
+_GATE_UP = ("gate_proj", "up_proj")
+_ATTENTIONS = (
+    "cohere.Attention", "cohere2.Attention", "ernie4_5.Attention", "exaone4.Attention",
+    "gemma.Attention", "gemma2.Attention", "gemma3_text.Attention", "gemma4_text.Attention",
+    "glm4.Glm4Attention", "glm4_moe.Attention", "gpt_oss.AttentionBlock", "granite.Attention",
+    "granitemoe.GraniteMoeAttention", "hunyuan_v1_dense.Attention", "internlm3.Attention",
+    "llama.Attention", "minicpm.Attention", "ministral3.Attention", "mixtral.MixtralAttention",
+    "nemotron.Attention", "olmo2.Attention", "olmo3.Olmo3Attention", "olmoe.Attention",
+    "phi.PhiAttention", "qwen2.Attention", "qwen2_moe.Attention", "qwen3.Attention",
+    "qwen3_moe.Attention", "qwen3_next.Qwen3NextAttention", "seed_oss.Attention",
+    "stablelm.Attention", "starcoder2.Attention",
+)  # fmt: skip
+_MLPS = (
+    "cohere.MLP", "cohere2.MLP", "deepseek_v2.DeepseekV2MLP", "deepseek_v3.DeepseekV3MLP",
+    "ernie4_5.MLP", "exaone4.MLP", "gemma.MLP", "gemma2.MLP", "gemma3_text.MLP",
+    "gemma4_text.MLP", "glm4_moe.MLP", "granite.MLP", "hunyuan_v1_dense.MLP", "internlm3.MLP",
+    "llama.MLP", "minicpm.MLP", "ministral3.MLP", "olmo2.MLP", "olmo3.Olmo3MLP", "qwen2.MLP",
+    "qwen2_moe.MLP", "qwen3.MLP", "qwen3_moe.MLP", "qwen3_next.Qwen3NextMLP", "seed_oss.MLP",
+    "stablelm.MLP",
+)  # fmt: skip
+SITES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "qwen3_5.GatedDeltaNet": (
+        "gated-delta",
+        ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),
+    ),
+    "qwen3_next.Qwen3NextGatedDeltaNet": ("gated-delta", ("in_proj_qkvz", "in_proj_ba")),
+    **dict.fromkeys(_ATTENTIONS, ("attention", _QKV)),
+    **dict.fromkeys(_MLPS, ("mlp", _GATE_UP)),
 }
-"""For exactly these classes: what kind of place it is, and which of its layers read one input."""
+"""For exactly these classes of mlx-lm: what kind of place it is, and which of its layers read one
+input. A test runs every one of them and counts its products."""
+_MODELS = "mlx_lm.models."
 
 _log = logging.getLogger("draftloom.kernels")
+
+
+def _site_of(module: nn.Module) -> tuple[str, tuple[str, ...]] | None:
+    """Kind and layers of a place; None where there is none, or where a layer that shares another's
+    keys or values lacks some of its own."""
+    name = f"{type(module).__module__}.{type(module).__qualname__}"
+    if not name.startswith(_MODELS):
+        return None
+    site = SITES.get(name.removeprefix(_MODELS))
+    return site if site is not None and all(part in module for part in site[1]) else None
 
 
 class _Results:
@@ -148,7 +171,7 @@ class PackedModel:
         """Places that can be packed: their kind, their module, and its layers' names."""
         self.refused.clear()
         for path, module in self._model.named_modules():
-            site = SITES.get(type(module))
+            site = _site_of(module)
             if site is None:
                 continue
             kind, names = site

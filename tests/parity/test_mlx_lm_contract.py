@@ -74,8 +74,6 @@ COVERED = {
     "mlx_lm.models.qwen3_next.Qwen3NextAttention",
     # The norm behind the gated delta rule: tests/parity/test_gated_delta_inputs.py
     "mlx_lm.models.qwen3_next.Qwen3NextRMSNormGated",
-    # A module whose layers can run as one product: tests/parity/test_packed_projections.py
-    "mlx_lm.models.qwen3_next.Qwen3NextMLP",
     "mlx_lm.utils.MODEL_REMAPPING",
     "mlx_lm.tokenizer_utils",
     "mlx_lm.generate.GenerationResponse",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -16,10 +17,11 @@ from mlx_lm.models.cache import make_prompt_cache
 
 import draftloom
 from draftloom import KernelSettings
+from draftloom.adapters import packed as packed_module
 from draftloom.adapters.packed import OPERATION, SITES, PackedModel
 from draftloom.kernels import packed_projections
 from draftloom.kernels.packed_projections import OneProduct, ProductStack, plan, why_not
-from tests.support import models
+from tests.support import families_more, models
 from tests.unit import fakes
 
 SIZES = (96, 32, 32, 8)
@@ -227,7 +229,25 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-@pytest.mark.parametrize("kind", SITES, ids=lambda kind: f"{kind.__module__[14:]}.{kind.__name__}")
+CLASSES: tuple[type, ...] = (
+    qwen3_5.GatedDeltaNet, qwen3_next.Qwen3NextGatedDeltaNet, qwen3_next.Qwen3NextAttention,
+    qwen3_next.Qwen3NextMLP, llama.Attention, llama.MLP, qwen2.Attention, qwen2.MLP,
+    qwen3.Attention, qwen3.MLP, qwen3_moe.Attention, qwen3_moe.MLP,
+)  # fmt: skip
+"""Run one by one; the others are run in a model of their family."""
+
+
+def name_of(kind: type) -> str:
+    """As in `SITES`."""
+    return f"{kind.__module__.removeprefix('mlx_lm.models.')}.{kind.__qualname__}"
+
+
+def places_in(model: Any) -> list[str]:
+    """The sites of a model by class."""
+    return [name_of(type(m)) for _, m in model.named_modules() if packed_module._site_of(m)]
+
+
+@pytest.mark.parametrize("kind", CLASSES, ids=name_of)
 def test_every_class_gives_the_same_bits_with_one_product(kind: type, counted: list[int]) -> None:
     """The contract with mlx-lm: its own forward calls the layers with one array, once each."""
     owner = nn.Module()
@@ -359,8 +379,46 @@ def test_logits_of_blocks_are_bit_equal(family: str, counted: list[int]) -> None
     expected, packed = logits(), PackedModel(model)
     packed.tune(KernelSettings.of({OPERATION: "packed"}))
     assert all(map(same, expected, logits()))
-    places = sum(type(m) in SITES for _, m in model.named_modules())
-    assert len(counted) == 3 * places
+    packed.restore()
+    assert len(counted) == 3 * len(places_in(model))
+
+
+def test_every_class_is_run_somewhere() -> None:
+    """And is one of mlx-lm's: a name that it gave up fails here."""
+    for name in SITES:
+        module, _, qualified = name.rpartition(".")
+        assert hasattr(importlib.import_module(f"mlx_lm.models.{module}"), qualified), name
+    run = {name_of(kind) for kind in CLASSES}
+    for family in families_more.MORE.values():
+        run |= set(places_in(families_more.new_model(family)))
+    assert set(SITES) == run
+
+
+QUICK = ("gemma3_text", "glm4_moe", "gpt_oss", "granite")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in families_more.MORE],
+)
+def test_families_give_the_same_bits_and_leave_nothing_over(name: str, counted: list[int]) -> None:
+    """One product a place and pass, of which every part is used."""
+    model = families_more.new_model(families_more.MORE[name])
+    tokens, block = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]]), mx.array([[5, 3, 5, 8, 9, 7]])
+
+    def logits() -> list[mx.array]:
+        cache = make_prompt_cache(model)
+        found = [model(tokens, cache=cache), model(block, cache=cache), model(block[:, :1], cache)]
+        mx.eval(found)
+        return found
+
+    expected, places, packed = logits(), places_in(model), PackedModel(model)
+    packed.tune(KernelSettings.of({OPERATION: "packed"}))
+    assert packed.refused == {}
+    assert all(map(same, expected, logits()))
+    assert len(counted) == 3 * len(places)
+    parts = [part for _, part in model.named_modules() if isinstance(part, packed_module._Part)]
+    assert all(part._results._input is None for part in parts)
     packed.restore()
 
 
