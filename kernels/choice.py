@@ -16,6 +16,7 @@ import attrs
 __all__ = ["ARRAY", "Choice", "Operation"]
 
 ARRAY = "array"
+UNTIMED = "it serves this layer, and was not timed on such a device yet: name it to run it"
 _log = logging.getLogger("draftloom.kernels")
 
 
@@ -27,11 +28,13 @@ class Choice:
         name: ``array``, the name of a kernel, or a third party's.
         reason: one sentence for people.
         implementation: the object that runs it.
+        rejected: for each kernel passed over, why.
     """
 
     name: str
     reason: str
     implementation: Any
+    rejected: tuple[tuple[str, str], ...] = ()
 
 
 @attrs.frozen(eq=False)
@@ -76,8 +79,9 @@ class Operation:
 @lru_cache(maxsize=1024)
 def _choose(operation: Operation, request: Any, wanted: Any, chosen: bool) -> Choice:
     if wanted == ARRAY:
-        reason = "no kernel was found to pay here" if chosen else "it was asked for"
-        choice = Choice(ARRAY, reason, operation.array)
+        reason = "no kernel is known to pay here" if chosen else "it was asked for"
+        others = ((n, one.supports(request) or UNTIMED) for n, one in operation.kernels.items())
+        choice = Choice(ARRAY, reason, operation.array, tuple(others) if chosen else ())
     else:
         if isinstance(wanted, str) and wanted not in operation.kernels:
             known = (ARRAY, *operation.kernels)
@@ -88,6 +92,10 @@ def _choose(operation: Operation, request: Any, wanted: Any, chosen: bool) -> Ch
         if refused is None:
             choice = Choice(name, "it serves this layer", one if own else one.LAUNCHER)
         else:
-            choice = Choice(ARRAY, f"not {name}: {refused}", operation.array)
-    _log.info("%s: %s (%s)", operation.name, choice.name, choice.reason)
+            reason = "what was asked for does not serve it"
+            choice = Choice(ARRAY, reason, operation.array, ((name, refused),))
+    passed = "; ".join(f"not {name}: {why}" for name, why in choice.rejected)
+    _log.info(
+        "%s: %s (%s)%s", operation.name, choice.name, choice.reason, passed and f" [{passed}]"
+    )
     return choice

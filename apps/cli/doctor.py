@@ -247,7 +247,8 @@ def kernel_choices(model: ModelInfo, settings: KernelSettings | None = None) -> 
         model: the target's config.
         settings: checked choices; None is ``auto``.
     """
-    return _gated_delta(model, settings) + _attention(model, settings)
+    around = _around_gated_delta(model, settings)
+    return _gated_delta(model, settings) + around + _attention(model, settings)
 
 
 def _attention(model: ModelInfo, settings: KernelSettings | None) -> list[KernelChoice]:
@@ -282,11 +283,8 @@ def _gated_delta(model: ModelInfo, settings: KernelSettings | None) -> list[Kern
 
     from draftloom.kernels.gated_delta import Request, choose, prefer
 
-    config = model.text_config
-    keys = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim")
-    found = [config.get(f"linear_{key}") for key in keys]
-    sizes = [size for size in found if isinstance(size, int) and size > 0]
-    if len(sizes) < len(keys):
+    sizes = _linear_sizes(model)
+    if sizes is None:
         return []
     on_cpu = mx.default_device() == mx.Device(mx.cpu)
     choices, name = [], "gated-delta"
@@ -307,6 +305,42 @@ def _gated_delta(model: ModelInfo, settings: KernelSettings | None) -> list[Kern
             KernelChoice(f"{name} {operation}", choice.name, choice.reason, dict(choice.rejected))
         )
     return choices
+
+
+def _around_gated_delta(model: ModelInfo, settings: KernelSettings | None) -> list[KernelChoice]:
+    """What stands before and behind the recurrence; none without such layers."""
+    import mlx.core as mx
+
+    from draftloom.kernels import gated_delta_inputs, gated_norm
+
+    sizes = _linear_sizes(model)
+    if sizes is None:
+        return []
+    on_cpu = mx.default_device() == mx.Device(mx.cpu)
+    dtype, device = mx.float32 if on_cpu else _stored_dtype(model), "cpu" if on_cpu else "gpu"
+    taps = model.text_config.get("linear_conv_kernel_dim", 4)
+    requests: list[tuple[Any, Any]] = [
+        (
+            gated_delta_inputs.OPERATION,
+            gated_delta_inputs.Request(dtype, dtype, taps, False, *sizes, device),
+        ),
+        (gated_norm.OPERATION, gated_norm.Request(dtype, sizes[3], True, device)),
+    ]
+    found = []
+    for operation, request in requests:
+        use = None if settings is None else settings.use(operation.name)
+        choice = operation.choose(request, use)
+        rejected = dict(choice.rejected)
+        found.append(KernelChoice(operation.name, choice.name, choice.reason, rejected))
+    return found
+
+
+def _linear_sizes(model: ModelInfo) -> tuple[int, int, int, int] | None:
+    """Hk, Hv, Dk, Dv of gated-delta layers; None where the config tells none."""
+    keys = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim")
+    found = [model.text_config.get(f"linear_{key}") for key in keys]
+    sizes = [size for size in found if isinstance(size, int) and size > 0]
+    return None if len(sizes) < len(keys) else (sizes[0], sizes[1], sizes[2], sizes[3])
 
 
 def _stored_dtype(model: ModelInfo) -> Any:

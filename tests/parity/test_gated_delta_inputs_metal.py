@@ -15,15 +15,17 @@ from mlx_lm.models import qwen3_5
 from mlx_lm.models.cache import ArraysCache
 
 from draftloom.adapters.gated_delta import RecordingMixer, project_qwen3_5
+from draftloom.apps.cli.doctor import kernel_choices
 from draftloom.caches.tape_replay import TapeReplayRollback
 from draftloom.kernel_settings import KernelSettings
-from draftloom.kernels import gated_delta_inputs, gated_norm
+from draftloom.kernels import choice, gated_delta_inputs, gated_norm
 from draftloom.kernels.backend import CUDA_BUILTINS, Backend
 from draftloom.kernels.check import difference
 from draftloom.kernels.gated_delta_inputs import checks, launch, source
 from draftloom.kernels.gated_norm import checks as norm_checks
 from draftloom.kernels.gated_norm import launch as norm_launch
 from draftloom.kernels.gated_norm import source as norm_source
+from draftloom.model_info import ModelInfo
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 
@@ -293,4 +295,45 @@ def test_by_default_no_kernel_runs_that_was_not_timed(module):
         module.OPERATION.choose(request(), "cude")
     refused = module.OPERATION.choose(request(device="cpu"), "cuda")
     assert refused.name == "array"
-    assert "CPU" in refused.reason
+    assert refused.rejected == (("cuda", "the default device is the CPU"),)
+
+
+def test_doctor_says_why_a_layer_gets_array_code():
+    sizes = {"num_key_heads": 2, "num_value_heads": 4, "key_head_dim": 64, "value_head_dim": 64}
+    config = {"model_type": "qwen3_5"} | {f"linear_{k}": v for k, v in sizes.items()}
+    found = {one.operation: one for one in kernel_choices(ModelInfo("x", None, config))}
+    for name in ("gated-delta-inputs", "gated-norm"):
+        assert found[name].kernel == "array"
+        assert found[name].rejected["cuda"] == "the default device is the CPU"
+    assert not [one for one in kernel_choices(ModelInfo("x", None, {})) if "gated" in one.operation]
+
+
+@pytest.fixture
+def with_cuda(monkeypatch):
+    """As on a machine with CUDA, as far as choosing goes."""
+    for module in (gated_delta_inputs, gated_norm):
+        monkeypatch.setattr(module.cuda, "why_not_here", lambda: None)
+    choice._choose.cache_clear()
+    yield
+    choice._choose.cache_clear()
+
+
+def test_choices_and_reasons_on_a_gpu(with_cuda):
+    choose = gated_delta_inputs.OPERATION.choose
+    assert dict(choose(request()).rejected)["cuda"] == choice.UNTIMED
+    assert dict(choose(request(key_size=48)).rejected)["cuda"].startswith("Dk = 48")
+    assert choose(request(), "array").rejected == ()
+    named = choose(request(), "cuda")
+    assert (named.name, named.implementation) == ("cuda", gated_delta_inputs.cuda.LAUNCHER)
+    refused = choose(request(key_size=48), "cuda")
+    assert (refused.name, [name for name, _ in refused.rejected]) == ("array", ["cuda"])
+    norm = gated_norm.OPERATION.choose(gated_norm.Request(mx.bfloat16, 128, True, "gpu"), "cuda")
+    assert norm.implementation is gated_norm.cuda.LAUNCHER
+
+
+def test_what_was_timed_is_what_auto_runs(with_cuda):
+    """What the one constant of an operation does once it is filled in."""
+    timed = attrs.evolve(gated_delta_inputs.OPERATION, timed=frozenset({"cuda"}))
+    assert timed.default() == "cuda"
+    assert timed.choose(request()).name == "cuda"
+    assert timed.choose(request(key_size=48)).name == "array"

@@ -24,9 +24,12 @@ from mlx_lm.models.cache import ArraysCache, load_prompt_cache, save_prompt_cach
 from draftloom.adapters import gated_delta
 from draftloom.adapters.gated_delta import RecordingMixer, project_qwen3_5
 from draftloom.caches.tape_replay import TapeReplayRollback
+from draftloom.caches.trim import TrimRollback
+from draftloom.composite import CompositeRollback
+from draftloom.contracts import CacheKind
 from draftloom.kernels import gated_delta as kernels
 from draftloom.recording import Deferred, DeferredSlots
-from tests.support import cases, models
+from tests.support import cases, models, pipelines
 from tests.support.profile import examples
 
 LENGTH = 64
@@ -185,6 +188,51 @@ def test_deferred_slots_are_a_list_to_whoever_looks() -> None:
     written[1] = mx.array([8.0])
     assert written.deferred is None
     assert numbers(written) == [7.0, 8.0]
+
+
+@pytest.mark.parametrize("defer", [False, True], ids=["commit-replays", "deferred"])
+def test_a_commit_starts_the_work_of_all_layers_in_one_call(
+    defer: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pipelines.adapter(models.build("qwen3_5-v2")) as target:
+        kinds = {
+            CacheKind.GATED_DELTA: TapeReplayRollback(defer=defer),
+            CacheKind.ATTENTION: TrimRollback(),
+        }
+        rollback, cache = CompositeRollback(kinds, target), target.make_cache()
+        block = mx.array([[1, 2, 3, 4, 5]])
+        speculation = rollback.begin(cache, block)
+        mx.eval(target.forward(block, speculation.cache).logits)
+        calls: list[list[mx.array]] = []
+        monkeypatch.setattr(mx, "async_eval", calls.append)
+        speculation.commit((1,))
+        layers = [entry for entry in cache if isinstance(entry, ArraysCache)]
+    assert len(layers) == 2
+    assert [len(call) for call in calls] == [2], "one array a layer, all at once"
+    if not defer:
+        assert all(a is entry[1] for a, entry in zip(calls[0], layers, strict=True))
+
+
+def test_rows_that_differ_share_one_array_of_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    replay = kernels.replay
+
+    def counted(state: mx.array, tape: Any, n: Any, **more: Any) -> mx.array:
+        given.append(n)
+        return replay(state, tape, n, **more)
+
+    monkeypatch.setattr(kernels, "replay", counted)
+    layer = Layer("qwen3_5-v2", monkeypatch, rows=2)
+    for keep in ((1, 3), (2, 2)):
+        for _ in range(3):  # three layers of one model
+            rollback, cache = TapeReplayRollback(), ArraysCache(2)
+            speculation = rollback.begin(cache, marks(2, 4))
+            layer.layer(layer.block([0, 0], 4), None, speculation.entry)
+            speculation.commit([n - 1 for n in keep])
+            layer.check(cache, keep)
+    assert given[0] is given[1] is given[2]
+    assert given[0].tolist() == [1, 3, 0, 0], "at least 16 bytes"
+    assert given[3:] == [2, 2, 2], "a number where the rows agree"
 
 
 def test_by_default_nothing_is_deferred(monkeypatch: pytest.MonkeyPatch) -> None:

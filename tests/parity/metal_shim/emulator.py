@@ -276,12 +276,14 @@ def _bytes(x: mx.array) -> bytes:
 
 
 def _laid_out(x: mx.array, gap: int) -> tuple[bytes, list[int]]:
-    """Bytes and strides (in elements) of an input whose rows lie `gap` elements apart."""
+    """Bytes and strides (in elements) of an input; with a gap its rows lie that many elements
+    apart, and every other element is none of its own."""
     if gap and x.ndim:
         fill = mx.array(True) if x.dtype == mx.bool_ else mx.array(float("nan"), x.dtype)
         sides = [(0, 0)] * (x.ndim - 1) + [(0, gap)]
         padded = mx.pad(x, sides, constant_values=fill)
-        return _bytes(padded), _strides(padded.shape)
+        spread = mx.stack([padded, mx.broadcast_to(fill, padded.shape)], axis=-1)
+        return _bytes(spread), [2 * stride for stride in _strides(padded.shape)]
     return _bytes(x), _strides(x.shape)
 
 
