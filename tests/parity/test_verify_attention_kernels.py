@@ -9,8 +9,10 @@ from __future__ import annotations
 import importlib.util
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import attrs
 import mlx.core as mx
@@ -58,6 +60,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("attention")
 
 
+def some_slow(cases: Sequence[Case], *slow: int) -> list[Any]:
+    """Every kernel is compiled for a second: some cases are left to the whole suite."""
+    marks = [(pytest.mark.slow,) if i in slow else () for i in range(len(cases))]
+    return [
+        pytest.param(case, id=str(case), marks=mark)
+        for case, mark in zip(cases, marks, strict=True)
+    ]
+
+
 def launcher_for(name: str, folder: Path, geometry: Geometry | None = None) -> Launcher:
     """The package's own launcher on the emulator; outputs start NaN."""
     memory = {"metal": metal, "cuda": cuda}[name].BACKEND.memory
@@ -79,7 +90,7 @@ def run(launcher: Launcher, case: Case, spoil: bool = True) -> mx.array:
     return launcher.attend(q, k, v, lengths, scale=case.scale, window=case.window, sinks=sinks)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", some_slow(CASES, 1, 4, 8))
 def test_against_the_reference_with_nan_past_the_valid_keys(launcher: Launcher, case: Case) -> None:
     found = run(launcher, case)
     assert found.dtype == case.dtype
@@ -88,7 +99,7 @@ def test_against_the_reference_with_nan_past_the_valid_keys(launcher: Launcher, 
 
 
 @pytest.mark.parametrize("name", ["metal", "cuda"])
-@pytest.mark.parametrize("case", [CASES[i] for i in (3, 4, 5, 7)], ids=str)
+@pytest.mark.parametrize("case", some_slow([CASES[i] for i in (3, 4, 5, 7)], 1, 3))
 def test_one_part_of_many_tiles(folder: Path, name: str, case: Case) -> None:
     """A few keys are cut into parts of one tile; long contexts are not."""
     item, memory = case.dtype.size, launcher_for(name, folder).backend.memory
@@ -134,6 +145,7 @@ def test_a_query_that_sees_nothing_gives_zeros(launcher: Launcher) -> None:
     assert (mx.abs(found[:, :, 3:]).sum(axis=-1) > 0).all().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["metal", "cuda"])
 @pytest.mark.parametrize(
     "geometry",
