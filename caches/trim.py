@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
 
 from draftloom.contracts import CacheKind, ComponentInfo
-from draftloom.kernel_settings import AUTO, OFF, KernelSettings
+from draftloom.kernel_settings import OFF, KernelSettings
 
 from .fixed_length import FixedLengthEntry, serves
 
@@ -32,17 +32,21 @@ class TrimRollback:
 
     def __init__(self, fixed_length: bool | None = None) -> None:
         self._fixed_length = fixed_length
+        self._stand_in: Callable[[Any], Any] = FixedLengthEntry
 
     def tune(self, settings: KernelSettings) -> None:
         """Choose the operation ``fixed-length-caches``; an argument of the constructor wins."""
-        choice = settings.choice("fixed-length-caches")
-        if self._fixed_length is None and choice != AUTO:
-            self._fixed_length = choice != OFF
+        use = settings.use("fixed-length-caches", off=OFF)
+        if self._fixed_length is not None or use is None:
+            return
+        self._fixed_length = use != OFF
+        if not isinstance(use, str):
+            self._stand_in = use
 
     def begin(self, entry: Any, block: mx.array) -> _Trimmed:
         """Remember where the cache ended before block [B, K+1]."""
         fixed = serves(entry) if self._fixed_length is None else self._fixed_length
-        return _Trimmed(entry, FixedLengthEntry(entry) if fixed else entry)
+        return _Trimmed(entry, self._stand_in(entry) if fixed else entry)
 
 
 class _Trimmed:

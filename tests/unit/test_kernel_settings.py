@@ -214,6 +214,26 @@ def test_fixed_length_caches() -> None:
     assert text_of(made) == plain
 
 
+def test_a_stand_in_of_a_third_party() -> None:
+    seen: list[Any] = []
+
+    class Lab:
+        """Registers a stand-in that notes the cache."""
+
+        @draftloom.hookimpl
+        def register_kernels(self, register: Any) -> None:
+            def stand_in(cache: Any) -> FixedLengthEntry:
+                seen.append(cache)
+                return FixedLengthEntry(cache)
+
+            full = "fixed-length-caches/my-lab.noting"
+            register(full, stand_in, draftloom.ComponentInfo(full, "notes the cache"))
+
+    made = builder(Lab(), config="attention").kernels({"fixed-length-caches": "my-lab.noting"})
+    assert text_of(made) == fakes.plain(fakes.model("attention"), fakes.PROMPT, 24)
+    assert seen
+
+
 def test_who_can_be_tuned() -> None:
     assert isinstance(TrimRollback(), Tunable)
     assert isinstance(TapeReplayRollback(), Tunable)
