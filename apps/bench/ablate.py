@@ -24,6 +24,7 @@ from draftloom.kernel_settings import (
 from draftloom.plugins import canonical
 
 from .report import Report, Spread, speeds, spread
+from .subjects import steady
 
 __all__ = ["AGAIN", "AS_IT_IS", "Ablation", "Switch", "add_worth", "plan_ablation"]
 
@@ -78,7 +79,7 @@ def plan_ablation(
     """Every switch of a pipeline that can be set the other way here.
 
     Args:
-        named: one pipeline with its name.
+        named: one pipeline with its name; a width that nobody chose is the drafter's own.
         only: operations to look at; none is all.
 
     Raises:
@@ -91,7 +92,7 @@ def plan_ablation(
             f"--ablate takes one pipeline, {len(named)} are given",
             "give one drafter, width or pipeline file",
         )
-    builder = named[0][1]
+    builder = steady(named[0][1])
     plan = builder.check()
     known = implementations(builder.plugins)
     wanted = {canonical(operation) for operation in only}

@@ -24,7 +24,7 @@ from .html import render_facts, render_page, render_table
 from .measure import EncodedPrompt, Run, Settings, check_room, encode_prompts, measure
 from .prompts import BenchPrompt
 from .report import Report, head, spread
-from .subjects import Subject, load_subject
+from .subjects import Subject, load_subject, steady
 
 __all__ = [
     "LENGTH",
@@ -49,7 +49,7 @@ def run_stability(
     """Write every prompt's text in every type, one type after the other.
 
     Args:
-        builder: the pipeline.
+        builder: the pipeline; a width that nobody chose is the drafter's own.
         types: compute types, the one to compare with first.
         prompts: at least one.
         settings: without lengths, a text has `LENGTH` tokens, or as many as the target's context
@@ -72,7 +72,7 @@ def run_stability(
     report: Report = {}
     for dtype in types:
         progress(f"{dtype}, loading the target")
-        subject = load_subject([(dtype, builder.dtype(dtype))])
+        subject = load_subject([(dtype, steady(builder.dtype(dtype)))])
         encoded = encode_prompts(subject, prompts)
         settings = _with_length(settings, subject, encoded)
         check_room(subject, settings, encoded)

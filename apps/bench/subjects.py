@@ -15,7 +15,7 @@ from draftloom.spec import ComponentSpec, PipelineSpec
 if TYPE_CHECKING:
     from .simulate import Simulation
 
-__all__ = ["ALONE", "PLAIN", "Subject", "Variant", "load_subject", "make_variants"]
+__all__ = ["ALONE", "PLAIN", "Subject", "Variant", "load_subject", "make_variants", "steady"]
 
 ALONE = "mlx-lm"
 PLAIN = "width 0"
@@ -96,6 +96,14 @@ def load_subject(named: Sequence[tuple[str, PipelineBuilder]]) -> Subject:
         context_limit=first.target.context_limit,
         vocab_size=first.target.vocab_size,
     )
+
+
+def steady(builder: PipelineBuilder) -> PipelineBuilder:
+    """The pipeline with a width that no clock chooses: where none was chosen, the drafter's own,
+    kept whatever it accepts. What is compared then does the same work."""
+    if builder.spec.width.use != "auto":
+        return builder
+    return builder.width("fixed", park=False)
 
 
 def make_variants(

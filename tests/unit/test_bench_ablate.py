@@ -83,6 +83,15 @@ def test_some_operations_only() -> None:
         plan_ablation(named, ["gated-dela"])
 
 
+def test_a_width_that_nobody_chose_is_the_drafters_own() -> None:
+    made = draftloom.PipelineBuilder(plugins=fakes.plugins()).model(fakes.model("hybrid"))
+    made = made.drafter("prompt-lookup")
+    for builder, name in ((made, "fixed"), (made.width("adaptive"), "adaptive")):
+        found = plan_ablation([("p", builder)], ["gated-delta"])
+        widths = {builder.check().names["width"] for _, builder in found.builders}
+        assert {width.partition(" ")[0] for width in widths} == {name}
+
+
 def test_one_pipeline() -> None:
     made = draftloom.PipelineBuilder(plugins=fakes.plugins()).model(fakes.model()).drafter("none")
     with pytest.raises(UsageError, match="takes one pipeline, 2 are given"):
