@@ -33,6 +33,7 @@ __all__ = [
 IMPLEMENTATIONS = ("metal", "cuda", "array", "chunked")
 _LONG = 64  # tokens from which, on a GPU without a kernel, the chunked rule beats the token loop
 _log = logging.getLogger("draftloom.kernels")
+_GPU = mx.Device(mx.gpu)
 
 
 class _Supports(Protocol):
@@ -161,34 +162,64 @@ def _logged(request: Request, choice: Choice) -> Choice:
     return choice
 
 
-def _request(operation: str, k: mx.array, value: mx.array, g: mx.array, dtype: mx.Dtype) -> Request:
-    device = "gpu" if mx.default_device() == mx.Device(mx.gpu) else "cpu"
-    return Request(
+def _choose(
+    operation: str, k: mx.array, value: mx.array, g: mx.array, dtype: mx.Dtype, use: Any
+) -> Choice:
+    """`choose` for these arrays; a look-up where such were seen before."""
+    on_gpu = mx.default_device() == _GPU
+    return _choose_for(operation, k.shape, value.shape, g.ndim == 4, dtype, on_gpu, use)
+
+
+@lru_cache(maxsize=1024)
+def _choose_for(
+    operation: str,
+    k: tuple[int, ...],
+    value: tuple[int, ...],
+    vector_gate: bool,
+    dtype: mx.Dtype,
+    on_gpu: bool,
+    use: Any,
+) -> Choice:
+    request = Request(
         operation=operation,
         dtype=dtype,
-        batch=value.shape[0],
-        tokens=value.shape[1],
-        key_heads=k.shape[2],
-        value_heads=value.shape[2],
-        key_size=k.shape[3],
-        value_size=value.shape[3],
-        device=device,
-        vector_gate=g.ndim == 4,
+        batch=value[0],
+        tokens=value[1],
+        key_heads=k[2],
+        value_heads=value[2],
+        key_size=k[3],
+        value_size=value[3],
+        device="gpu" if on_gpu else "cpu",
+        vector_gate=vector_gate,
     )
+    return choose(request, use)
 
 
 def _check(
     q: mx.array, k: mx.array, v: mx.array, g: mx.array, beta: mx.array, state: mx.array
 ) -> None:
-    rows, tokens, heads, value_size = v.shape
-    expected = (rows, heads, value_size, k.shape[3])
-    if state.shape != expected or state.dtype != mx.float32:
-        raise ValueError(f"state is {state.dtype} {state.shape}; float32 {expected} is needed")
-    if q.shape != k.shape or k.shape[:2] != (rows, tokens):
-        raise ValueError(f"q {q.shape} and k {k.shape} do not fit v {v.shape}")
+    _check_shapes(q.shape, k.shape, v.shape, g.shape, beta.shape, state.shape, state.dtype)
+
+
+@lru_cache(maxsize=1024)
+def _check_shapes(
+    q: tuple[int, ...],
+    k: tuple[int, ...],
+    v: tuple[int, ...],
+    g: tuple[int, ...],
+    beta: tuple[int, ...],
+    state: tuple[int, ...],
+    dtype: mx.Dtype,
+) -> None:
+    rows, tokens, heads, value_size = v
+    expected = (rows, heads, value_size, k[3])
+    if state != expected or dtype != mx.float32:
+        raise ValueError(f"state is {dtype} {state}; float32 {expected} is needed")
+    if q != k or k[:2] != (rows, tokens):
+        raise ValueError(f"q {q} and k {k} do not fit v {v}")
     plain = (rows, tokens, heads)
-    if g.shape not in (plain, (*plain, k.shape[3])) or beta.shape != plain:
-        raise ValueError(f"g {g.shape} and beta {beta.shape} must be {plain}")
+    if g not in (plain, (*plain, k[3])) or beta != plain:
+        raise ValueError(f"g {g} and beta {beta} must be {plain}")
 
 
 def _launcher(name: str) -> Launcher:
@@ -229,7 +260,7 @@ def verify(
         ValueError: on shapes that do not fit, or an implementation that does not serve them.
     """
     _check(q, k, v, g, beta, state)
-    choice = choose(_request("verify", k, v, g, v.dtype), use)
+    choice = _choose("verify", k, v, g, v.dtype, use)
     name = choice.name
     if choice.own is not None:
         block: tuple[mx.array, Tape, mx.array | None] = choice.own.verify(
@@ -266,7 +297,7 @@ def replay(
     """
     if isinstance(n, int) and not 0 <= n <= tape.length:
         raise ValueError(f"cannot replay {n} entries of a tape of {tape.length}")
-    choice = choose(_request("replay", tape.k, tape.delta, tape.g, tape.k.dtype), use)
+    choice = _choose("replay", tape.k, tape.delta, tape.g, tape.k.dtype, use)
     if choice.own is not None:
         rebuilt: mx.array = choice.own.replay(state, tape, n)
         return rebuilt
@@ -294,7 +325,7 @@ def prefill(
         y [B, T, Hv, Dv] in q's dtype and the state after T tokens.
     """
     _check(q, k, v, g, beta, state)
-    choice = choose(_request("prefill", k, v, g, v.dtype), use)
+    choice = _choose("prefill", k, v, g, v.dtype, use)
     if choice.own is not None:
         chunk: tuple[mx.array, mx.array] = choice.own.prefill(q, k, v, g, beta, state, mask)
         return chunk
@@ -337,7 +368,7 @@ def replay_verify(
     _check(*block, state)
     if isinstance(n, int) and not 0 <= n <= previous.length:
         raise ValueError(f"cannot replay {n} entries of a tape of {previous.length}")
-    choice = choose(_request("replay_verify", block[1], block[2], block[3], block[2].dtype), use)
+    choice = _choose("replay_verify", block[1], block[2], block[3], block[2].dtype, use)
     name = choice.name
     if choice.own is not None:
         found: tuple[mx.array, Tape, mx.array, mx.array | None] = choice.own.replay_verify(

@@ -167,6 +167,7 @@ def _plan(
 
 
 _REPLAY = Variant(replay=True, middle=True)
+_variant = lru_cache(maxsize=64)(Variant)
 
 
 @attrs.frozen
@@ -197,7 +198,7 @@ class Launcher:
         write_state: bool = True,
     ) -> tuple[mx.array, Tape, mx.array | None]:
         """Run a block and record the tape; the state after it if ``write_state``, else None."""
-        variant = Variant(block=True, tape=True, masked=mask is not None, end=write_state)
+        variant = _variant(block=True, tape=True, masked=mask is not None, end=write_state)
         out = self._run(variant, [q, k, v, g, beta, state], k, v, mask)
         return out["y"], _tape(out["delta_out"], k, g, mask), out.get("state_out")
 
@@ -212,7 +213,7 @@ class Launcher:
         mask: mx.array | None = None,
     ) -> tuple[mx.array, mx.array]:
         """Run T tokens without a tape; bit-equal to :meth:`verify`, in any split of the tokens."""
-        variant = Variant(block=True, masked=mask is not None, end=True)
+        variant = _variant(block=True, masked=mask is not None, end=True)
         out = self._run(variant, [q, k, v, g, beta, state], k, v, mask)
         return out["y"], out["state_out"]
 
@@ -246,7 +247,7 @@ class Launcher:
             y, this cycle's tape, the state between (what the new tape was recorded on), the state
             after or None.
         """
-        variant = Variant(
+        variant = _variant(
             replay=True,
             block=True,
             tape=True,

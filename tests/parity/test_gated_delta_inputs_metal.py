@@ -277,6 +277,31 @@ def test_kernels_say_what_they_do_not_serve(changes, reason):
     assert reason in launch.unsupported(request(**changes))
 
 
+@pytest.mark.parametrize("plain", [True, False])
+def test_what_a_norm_consists_of_is_looked_at(plain, with_cuda, monkeypatch):
+    norm, y, z = norm_checks.Case(mx.float32, (1, 2, 2, 32)).arrays()
+    if not plain:
+        norm.bias = mx.zeros((32,))
+    asked = []
+    operation = gated_norm.OPERATION
+    monkeypatch.setattr(
+        gated_norm.dispatch, "OPERATION", Asked(operation, lambda r: asked.append(r.plain))
+    )
+    gated_norm.normalise(norm, y, z, use="cuda")
+    assert asked == [plain]
+
+
+class Asked:
+    """An operation that notes what it is asked, and answers with array code."""
+
+    def __init__(self, operation, note):
+        self._operation, self._note = operation, note
+
+    def choose(self, request, use):
+        self._note(request)
+        return self._operation.choose(request, "array")
+
+
 def test_a_norm_that_is_something_else_is_left_to_itself():
     ask = norm_launch.Request(mx.bfloat16, 128, True, "gpu")
     assert norm_launch.unsupported(ask) is None
