@@ -10,17 +10,9 @@ from typing import Any
 import attrs
 import mlx.core as mx
 
+from draftloom.abilities import Bindable, BindContext, Tunable
 from draftloom.composite import CompositeRollback
-from draftloom.contracts import (
-    Bindable,
-    BindContext,
-    CacheKind,
-    CacheRollback,
-    LoadedModel,
-    Speculation,
-    TargetAdapter,
-    Tunable,
-)
+from draftloom.contracts import CacheKind, CacheRollback, LoadedModel, Speculation, TargetAdapter
 from draftloom.errors import UsageError
 from draftloom.estimate import MemoryEstimate, costs_of, estimate, weights_fit
 from draftloom.kernel_settings import KernelSettings

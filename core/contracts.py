@@ -3,37 +3,27 @@
 All arrays carry the batch axis first. Shapes use B (rows), T (tokens), K (draft tokens),
 V (vocabulary), D (hidden size), F (features: number of taps times D).
 A component is a class with an `info` (`ComponentInfo`) and the methods of its protocol; nothing
-is inherited. What a component may do besides is a small protocol of its own: `Bindable`,
-`Checkable`, `Tunable`.
+is inherited. What a component may be able to do besides is in `draftloom.abilities`.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import attrs
 import mlx.core as mx
 import mlx.nn as nn
 
-from draftloom.errors import Problem
-from draftloom.kernel_settings import KernelSettings
-
 if TYPE_CHECKING:
-    from draftloom.costs import CycleCosts
     from draftloom.model_info import ModelInfo
-    from draftloom.sampling import SamplingParams, SamplingState
+    from draftloom.sampling import SamplingState
 
 __all__ = [
     "AcceptancePolicy",
-    "BindContext",
-    "Bindable",
     "CacheKind",
     "CacheRollback",
-    "Calibratable",
-    "Checkable",
     "ComponentInfo",
     "CycleNode",
     "Draft",
@@ -41,21 +31,16 @@ __all__ = [
     "DraftRequest",
     "DraftSession",
     "Drafter",
-    "DraftsInPart",
     "LayerSpeculation",
     "LoadedModel",
     "Need",
-    "Parkable",
     "Port",
     "Preserves",
-    "Reporting",
-    "Resolvable",
     "Speculation",
     "TargetAdapter",
     "TargetAdapterFactory",
     "TargetInfo",
     "TargetOutput",
-    "Tunable",
     "Verifier",
     "Width",
     "WidthPolicy",
@@ -506,102 +491,3 @@ class CycleNode(Protocol):
 
     def __call__(self, *inputs: Any) -> Any:
         """Return the outputs: nothing, one value, or a tuple in the order of `info.outputs`."""
-
-
-# --- optional abilities ----------------------------------------------------------------------
-
-
-@attrs.frozen(eq=False)
-class BindContext:
-    """What the builder hands to a component that wants to be bound to the target.
-
-    Attributes:
-        target: the loaded target.
-        dtype: name of the compute type asked for (``auto``, ``float32``, ...).
-        open_model: load another model (folder) as a target adapter of its own.
-        open_rollback: a rollback over all caches of an adapter: (cache, block) -> Speculation.
-        kernels: which implementation each kernel operation is to run.
-    """
-
-    target: TargetAdapter
-    dtype: str
-    open_model: Callable[[Path], TargetAdapter]
-    open_rollback: Callable[[TargetAdapter], Callable[[list[Any], mx.array], Speculation]]
-    kernels: KernelSettings = attrs.Factory(KernelSettings)
-
-
-@runtime_checkable
-class Bindable(Protocol):
-    """A component that loads weights or keeps the target."""
-
-    def bind(self, context: BindContext) -> None:
-        """Called once, after the graph has passed every check."""
-
-
-@runtime_checkable
-class Tunable(Protocol):
-    """An adapter, a rollback or another component whose kernels can be chosen."""
-
-    def tune(self, settings: KernelSettings) -> None:
-        """Run these implementations from now on; called once, before drafters are bound."""
-
-
-@runtime_checkable
-class Checkable(Protocol):
-    """A component that can tell from the target's description that it will not work."""
-
-    def check(self, target: TargetInfo) -> Iterable[Problem]:
-        """Every problem it sees; called before any weight is loaded."""
-
-
-@runtime_checkable
-class DraftsInPart(Protocol):
-    """A draft session for which a slot that nobody verifies is cheaper than one that is."""
-
-    def propose_first(
-        self, anchor: mx.array, width: int, count: int, sampling: SamplingState
-    ) -> Draft:
-        """The first `count` (>= 1) of up to `width` (>= `count`) tokens that `propose` would give.
-        Called in its place where fewer tokens are verified than slots are filled."""
-
-
-@runtime_checkable
-class Parkable(Protocol):
-    """A width policy that can stop drafting for good."""
-
-    def park(self) -> bool:
-        """Drafter and target do not belong together: draft no more, if that is wanted.
-
-        Returns:
-            Whether it drafts no more.
-        """
-
-
-@runtime_checkable
-class Calibratable(Protocol):
-    """A width policy that wants to know beforehand what cycles cost.
-
-    Attributes:
-        calibrate: ``cached`` (measured once and kept), ``fresh`` (measured now) or ``off``.
-    """
-
-    calibrate: str
-
-    def take_costs(self, costs: CycleCosts) -> None:
-        """Costs of this pipeline on this machine; before its first generation."""
-
-
-@runtime_checkable
-class Reporting(Protocol):
-    """A width policy that can say what it chooses and why."""
-
-    def report(self) -> str:
-        """One line for people; empty where there is nothing to say yet."""
-
-
-@runtime_checkable
-class Resolvable(Protocol):
-    """A policy that stands for another one, chosen by the request."""
-
-    def resolve(self, params: SamplingParams) -> Any:
-        """The policy that serves a request with these parameters."""

@@ -13,14 +13,8 @@ from collections.abc import Sequence
 import attrs
 import mlx.core as mx
 
-from draftloom.contracts import (
-    Draft,
-    Drafter,
-    DraftLaw,
-    DraftRequest,
-    DraftSession,
-    DraftsInPart,
-)
+from draftloom.abilities import DraftsInPart
+from draftloom.contracts import Draft, Drafter, DraftLaw, DraftRequest, DraftSession
 from draftloom.errors import DrafterFallbackWarning, DraftloomError, UsageError
 from draftloom.events import GenerationStats
 from draftloom.memory import UsesMemory

@@ -21,14 +21,13 @@ import attrs
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from draftloom.abilities import Reporting, Resolvable
 from draftloom.contracts import (
     AcceptancePolicy,
     CacheKind,
     Draft,
     DraftRequest,
     Preserves,
-    Reporting,
-    Resolvable,
     Speculation,
     Width,
 )

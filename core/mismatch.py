@@ -24,7 +24,8 @@ from typing import Protocol
 
 import attrs
 
-from draftloom.contracts import ComponentInfo, Parkable, WidthPolicy
+from draftloom.abilities import Parkable
+from draftloom.contracts import ComponentInfo, WidthPolicy
 from draftloom.events import CycleEvent, GenerationStats, MismatchEvent
 from draftloom.sampling import SamplingParams
 

@@ -8,8 +8,9 @@ from typing import Any, TypedDict, Unpack
 import attrs
 from mlx_lm.generate import wired_limit
 
+from draftloom.abilities import Calibratable, Resolvable
 from draftloom.calibration import calibrate
-from draftloom.contracts import Calibratable, CycleNode, Resolvable, TargetInfo
+from draftloom.contracts import CycleNode, TargetInfo
 from draftloom.engine import Engine
 from draftloom.errors import UsageError
 from draftloom.events import CycleEvent, FinishReason, GenerationStats, TokenLogprob

@@ -12,12 +12,12 @@ from typing import Any
 
 import attrs
 
+from draftloom.abilities import Checkable
 from draftloom.checkpoint import DrafterDescription
 from draftloom.contracts import (
     AcceptancePolicy,
     CacheKind,
     CacheRollback,
-    Checkable,
     ComponentInfo,
     CycleNode,
     Drafter,

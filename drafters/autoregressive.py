@@ -9,8 +9,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from draftloom.abilities import BindContext
 from draftloom.contracts import (
-    BindContext,
     ComponentInfo,
     Draft,
     DraftLaw,

@@ -7,10 +7,8 @@ from collections.abc import Iterable, Sequence
 import attrs
 import mlx.core as mx
 
+from draftloom.abilities import Bindable, BindContext, Checkable
 from draftloom.contracts import (
-    Bindable,
-    BindContext,
-    Checkable,
     ComponentInfo,
     Draft,
     Drafter,

@@ -22,8 +22,9 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import _get_classes
 
+from draftloom.abilities import BindContext
 from draftloom.builder import PipelineBuilder
-from draftloom.contracts import BindContext, ComponentInfo, Draft, Preserves
+from draftloom.contracts import ComponentInfo, Draft, Preserves
 from draftloom.drafters.dflash import DFlashDrafter, DFlashModel, LoadedDrafter
 from draftloom.drafters.dflash.one_product import OPERATION as PACKED_DRAFTER
 from draftloom.drafters.dflash.one_product import pack_network

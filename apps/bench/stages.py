@@ -15,13 +15,13 @@ from typing import Any
 import attrs
 import mlx.core as mx
 
+from draftloom.abilities import Resolvable
 from draftloom.contracts import (
     AcceptancePolicy,
     Draft,
     Drafter,
     DraftRequest,
     DraftSession,
-    Resolvable,
     Speculation,
     TargetAdapter,
     TargetOutput,

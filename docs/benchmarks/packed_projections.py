@@ -30,8 +30,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from draftloom import KernelSettings, PipelineBuilder
+from draftloom.abilities import BindContext
 from draftloom.apps.bench.simulate import SimulatedDFlash, _model, _shapes, drafter_config
-from draftloom.contracts import BindContext, DraftRequest
+from draftloom.contracts import DraftRequest
 from draftloom.kernels.packed_projections import PLANS
 from draftloom.kernels.packed_projections.plan import WORTH
 from draftloom.sampling import SamplingParams, SamplingState

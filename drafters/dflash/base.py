@@ -12,8 +12,9 @@ from typing import ClassVar
 import attrs
 import mlx.core as mx
 
+from draftloom.abilities import BindContext
 from draftloom.checkpoint import DrafterDescription
-from draftloom.contracts import BindContext, ComponentInfo, Draft, TargetInfo
+from draftloom.contracts import ComponentInfo, Draft, TargetInfo
 from draftloom.errors import ModelError, Problem
 from draftloom.sampling import SamplingState
 

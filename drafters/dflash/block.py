@@ -11,8 +11,9 @@ import attrs
 import mlx.core as mx
 import mlx.nn as nn
 
+from draftloom.abilities import BindContext
 from draftloom.checkpoint import DrafterDescription
-from draftloom.contracts import BindContext, ComponentInfo, TargetAdapter
+from draftloom.contracts import ComponentInfo, TargetAdapter
 from draftloom.drafters.formats import StoredWeights, describe_checkpoint, fill
 from draftloom.errors import CheckpointWarning, ModelError, Problem
 from draftloom.memory import CacheCost, array_bytes, cache_bytes, module_bytes

@@ -14,7 +14,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from draftloom.contracts import BindContext, CacheKind, DraftRequest, TargetInfo
+from draftloom.abilities import BindContext
+from draftloom.contracts import CacheKind, DraftRequest, TargetInfo
 from draftloom.drafters.dflash import DFlashDrafter
 from draftloom.errors import ModelError
 from draftloom.pipeline import GenerateOptions

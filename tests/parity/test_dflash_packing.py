@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from draftloom.contracts import BindContext, DraftRequest
+from draftloom.abilities import BindContext
+from draftloom.contracts import DraftRequest
 from draftloom.drafters.dflash import DFlashDrafter
 from draftloom.errors import UsageError
 from draftloom.sampling import SamplingParams, SamplingState

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from draftloom.contracts import BindContext, DraftRequest
+from draftloom.abilities import BindContext
+from draftloom.contracts import DraftRequest
 from draftloom.drafters.dflash import DFlashDrafter, model
 from draftloom.drafters.dflash.context import ContextCache
 from draftloom.errors import ModelError, UsageError

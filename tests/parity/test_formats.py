@@ -14,8 +14,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from draftloom.abilities import BindContext
 from draftloom.checkpoint import DrafterDescription
-from draftloom.contracts import BindContext, CacheKind, DraftLaw, DraftRequest, TargetInfo
+from draftloom.contracts import CacheKind, DraftLaw, DraftRequest, TargetInfo
 from draftloom.drafters.dflash import BlockContext
 from draftloom.model_info import ModelInfo
 from draftloom.pipeline import GenerateOptions

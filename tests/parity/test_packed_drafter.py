@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 from draftloom import KernelSettings
+from draftloom.abilities import BindContext, DraftsInPart
 from draftloom.apps.bench.measure import EncodedPrompt
 from draftloom.apps.bench.simulate import SimulatedDFlash
 from draftloom.apps.bench.stages import time_stages
-from draftloom.contracts import BindContext, Draft, DraftRequest, DraftsInPart
+from draftloom.contracts import Draft, DraftRequest
 from draftloom.drafters.cascade import CascadeDrafter
 from draftloom.drafters.dflash import DFlashDrafter, DFlashModel
 from draftloom.drafters.dflash.context import STEP

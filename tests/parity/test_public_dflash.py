@@ -16,12 +16,13 @@ import mlx.core as mx
 import pytest
 
 from draftloom import PipelineBuilder
+from draftloom.abilities import BindContext
 from draftloom.apps.train.design import DrafterDesign
 from draftloom.apps.train.loop import Trainer, TrainRequest
 from draftloom.apps.train.settings import TrainSettings
 from draftloom.apps.train.target import FrozenTarget
 from draftloom.apps.train.toy import make_toy
-from draftloom.contracts import BindContext, DraftRequest
+from draftloom.contracts import DraftRequest
 from draftloom.drafters.dflash import DFlashDrafter
 from draftloom.plugins import PluginManager
 from draftloom.sampling import SamplingParams, SamplingState

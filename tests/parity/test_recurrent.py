@@ -18,9 +18,10 @@ from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, make_prompt_cac
 from mlx_lm.models.gated_delta import gated_delta_ops
 from mlx_lm.models.ssm import ssm_attn
 
+from draftloom.abilities import Tunable
 from draftloom.caches.tape_replay import TapeReplayRollback
 from draftloom.composite import CompositeRollback
-from draftloom.contracts import CacheKind, TargetAdapter, Tunable
+from draftloom.contracts import CacheKind, TargetAdapter
 from draftloom.errors import UsageError
 from draftloom.kernel_settings import KernelSettings
 from draftloom.kernels import gated_delta, ssm

@@ -8,6 +8,7 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
+from draftloom.abilities import BindContext
 from draftloom.adapters.attention import AttentionAdapter
 from draftloom.adapters.qwen3_5 import HybridAdapter
 from draftloom.apps.train.checkpoint import RunFolder
@@ -15,7 +16,7 @@ from draftloom.apps.train.design import DrafterDesign, design_drafter, read_conf
 from draftloom.apps.train.settings import TrainSettings
 from draftloom.apps.train.step import BlockBatch, DrafterLoss, block_logits
 from draftloom.apps.train.weights import initial_parameters
-from draftloom.contracts import BindContext, DraftRequest
+from draftloom.contracts import DraftRequest
 from draftloom.drafters.dflash import DFlashDrafter
 from draftloom.drafters.dflash.model import DFlashModel
 from draftloom.model_info import ModelInfo

@@ -24,8 +24,8 @@ from draftloom import (
     SamplingParams,
     SamplingState,
 )
+from draftloom.abilities import BindContext
 from draftloom.composite import CompositeRollback
-from draftloom.contracts import BindContext
 from draftloom.drafters.autoregressive import AutoregressiveDrafter
 from draftloom.drafters.cascade import CascadeDrafter
 from draftloom.drafters.formats import describe_checkpoint
