@@ -130,6 +130,7 @@ def run(folder: Path, drafter: str, tokens: int, step: int) -> dict[str, Any]:
     plugins = draftloom.PluginManager(entry_points=False, extra=[Plugin()])
     builder = (
         draftloom.PipelineBuilder(folder / "target", plugins=plugins)
+        .own_width()
         .dtype("float32")
         .drafter(drafter, checkpoint=str(folder / "drafter"))
         .memory(context_length=tokens + 16, prefill_step_size=step)

@@ -47,7 +47,12 @@ def random_checkpoint(folder: Path) -> str:
 def test_the_right_pair_never_makes_it_ring(target: tuple[Any, Any]) -> None:
     """One pipeline a prompt, so that no text lives on the credit of another."""
     for prompt in (*AUDIT_PROMPTS, DEMO_PROMPT, *HARD):
-        builder = draftloom.PipelineBuilder().model(*target).drafter(str(default_pair().draft))
+        builder = (
+            draftloom.PipelineBuilder()
+            .own_width()
+            .model(*target)
+            .drafter(str(default_pair().draft))
+        )
         with warnings.catch_warnings(), builder.width(3).build() as pipeline:
             warnings.simplefilter("error", DrafterMismatchWarning)
             result = pipeline.generate(prompt, max_tokens=40, ignore_eos=True)
@@ -58,7 +63,7 @@ def texts(
     model: Any, tokenizer: Any, drafter: str, prompts: tuple[Any, ...], tokens: int
 ) -> list[str]:
     """What the statistics of each text say of the alarm, in one pipeline."""
-    builder = draftloom.PipelineBuilder().model(model, tokenizer).drafter(drafter)
+    builder = draftloom.PipelineBuilder().own_width().model(model, tokenizer).drafter(drafter)
     with builder.width(3).build() as pipeline:
         results = [pipeline.generate(p, max_tokens=tokens, ignore_eos=True) for p in prompts]
     return [result.stats.mismatch for result in results]

@@ -134,7 +134,7 @@ def ours(toy: Path, drafter: Path, folder: Path) -> tuple[dict[str, Any], list[A
     mx.save_safetensors(str(folder / "features.safetensors"), features)
     committed = []
     with target.released() as model:
-        builder = PipelineBuilder().model(model, target.tokenizer)
+        builder = PipelineBuilder().model(model, target.tokenizer).own_width()
         with builder.drafter("dflash", checkpoint=str(drafter)).build() as pipeline:
             for ids in prompts:
                 stream = pipeline.stream(ids, max_tokens=TOKENS, temperature=0.0)

@@ -155,7 +155,8 @@ def test_a_drafter_reads_features_of_packed_layers(
         tmp_path / "dflash", hidden=64, vocab=models.VOCAB, taps=TAPS, block_size=8
     )
     expected = own_trace(folder, NEW_TOKENS).tokens[len(PROMPT) :]
-    with draftloom.load(folder, str(checkpoint), dtype="stored") as pipeline:
+    builder = draftloom.PipelineBuilder(folder).dtype("stored").drafter(str(checkpoint)).own_width()
+    with builder.build() as pipeline:
         result = pipeline.generate(PROMPT, max_tokens=NEW_TOKENS)
     assert result.token_ids == expected
     assert result.stats.drafted

@@ -254,7 +254,7 @@ class _Plugin:
 def test_a_pipeline_gives_mlx_lms_tokens(family: str, choice: str) -> None:
     recorder = _Recorder()
     plugins = PluginManager(entry_points=False, extra=[_Plugin(recorder)])
-    builder = PipelineBuilder(plugins=plugins).model(models.build(family), None)
+    builder = PipelineBuilder(plugins=plugins).model(models.build(family), None).own_width()
     settings = {"verify-attention": choice, "fixed-length-caches": "allocated"}
     if choice == "array":
         del settings["fixed-length-caches"]

@@ -212,7 +212,7 @@ def test_the_engine_counts_what_the_drafter_stood_by() -> None:
             widths.append((drafted, verified, accepted))
 
     offer = Offer(drafter={"lab.hesitant": Hesitant}, width={"lab.watching": Watching})
-    builder = PipelineBuilder(plugins=plugins(offer)).model(model())
+    builder = PipelineBuilder(plugins=plugins(offer)).own_width().model(model())
     with builder.drafter("lab.hesitant").width("lab.watching").build() as pipeline:
         result = pipeline.generate(PROMPT, max_tokens=11)
     assert result.token_ids == text

@@ -54,7 +54,7 @@ def described(folder: Path) -> DrafterDescription:
 
 
 def build(folder: Path, **options: Any) -> Any:
-    builder = PipelineBuilder(plugins=plugins()).model(model())
+    builder = PipelineBuilder(plugins=plugins()).own_width().model(model())
     if options:
         return builder.drafter(described(folder).drafter, checkpoint=str(folder), **options).build()
     return builder.drafter(str(folder)).build()
@@ -146,7 +146,7 @@ def test_a_third_partys_format_is_asked_first(tmp_path: Path) -> None:
 
     folder = rewrite(write(tmp_path, "z-lab-old", PLAIN), wrap, prefix)
     manager = plugins(Format())
-    builder = PipelineBuilder(plugins=manager).model(model()).drafter(str(folder))
+    builder = PipelineBuilder(plugins=manager).own_width().model(model()).drafter(str(folder))
     with builder.build() as pipeline:
         assert pipeline.names["drafter"] == "dflash"
         assert "format my-lab" in pipeline.describe()
@@ -303,7 +303,7 @@ def test_the_confidence_threshold_is_checked(tmp_path: Path) -> None:
 
 def test_a_checkpoint_for_another_drafter_says_so(tmp_path: Path) -> None:
     folder = write(tmp_path, "dspark", SPARK)
-    builder = PipelineBuilder(plugins=plugins()).model(model())
+    builder = PipelineBuilder(plugins=plugins()).own_width().model(model())
     with pytest.raises(GraphError, match=r"for the drafter 'dspark', not for 'dflash'"):
         builder.drafter("dflash", checkpoint=str(folder)).check()
 
@@ -317,7 +317,7 @@ def test_a_drafter_that_nobody_registers_is_named(tmp_path: Path) -> None:
             return attrs.evolve(described(folder), drafter="my-lab.drafter")
 
     folder = write(tmp_path, "z-lab-old", PLAIN)
-    builder = PipelineBuilder(plugins=plugins(Format())).model(model())
+    builder = PipelineBuilder(plugins=plugins(Format())).own_width().model(model())
     with pytest.raises(GraphError, match=r"'my-lab\.drafter', which nobody registers"):
         builder.drafter(str(folder)).check()
 
