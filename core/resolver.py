@@ -276,7 +276,10 @@ class Resolver:
             return None
         if drafter is None and spec.use == "fixed" and "tokens" not in dict(spec.options):
             return None
-        if spec.use == "auto":
+        if spec.use == "auto" and not drafter.info.default_width:
+            spec = ComponentSpec.make("fixed", {"tokens": 0})  # there is nothing to choose
+            self.spec = attrs.evolve(self.spec, width=spec)
+        elif spec.use == "auto":
             options = {"default": drafter.info.default_width, **dict(spec.options)}
             spec = ComponentSpec.make("auto", options)
             self.spec = attrs.evolve(self.spec, width=spec)

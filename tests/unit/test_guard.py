@@ -106,7 +106,7 @@ def test_build_goes_on_without_a_drafter(tmp_path: Path) -> None:
         alone = builder.memory(limit_gb=limit).build()
     with alone:
         assert alone.names["drafter"] == "none"
-        assert alone.spec.width.use == "auto"
+        assert alone.spec.width.use == "fixed"
         assert alone.generate(PROMPT[:20], max_tokens=8).token_ids == expected
 
 

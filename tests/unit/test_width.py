@@ -63,12 +63,24 @@ def test_it_finds_what_pays(machine: tuple[float, float, float, float], widest: 
     assert run.tokens / run.seconds > 0.93 * run.best_rate()
 
 
-def test_a_parked_drafter_is_asked_again_within_its_share() -> None:
-    run = Machine(0.020, 0.100, 0.025, 0.6)
-    run.run(AdaptiveWidth(probe_share=0.02), 3000)
-    asked = sum(width > 0 for width in run.widths[10:])
-    assert asked >= 3
-    assert asked * 0.125 <= 0.03 * run.seconds
+@pytest.mark.parametrize(
+    ("machine", "share", "least"),
+    [
+        # Ten tokens would pay if they were accepted, and one in ten is.
+        pytest.param((0.020, 0.100, 0.002, 0.1), 0.02, 3, id="it could pay"),
+        # However many are accepted, a token costs more than a plain cycle.
+        pytest.param((0.020, 0.100, 0.025, 0.6), 0.002, 1, id="it could not"),
+    ],
+)
+def test_a_parked_drafter_is_asked_again_within_its_share(
+    machine: tuple[float, float, float, float], share: float, least: int
+) -> None:
+    run = Machine(*machine)
+    run.run(AdaptiveWidth(probe_share=0.02), 4000)
+    asked = [width for width in run.widths[10:] if width]
+    assert len(asked) >= least
+    spent = sum(run.base + width * run.slope - run.plain for width in asked)
+    assert spent <= 1.2 * share * run.seconds
 
 
 def test_it_comes_back_when_the_text_becomes_easy() -> None:

@@ -6,7 +6,7 @@ wall seconds of plain ones, and a line through the seconds of speculative ones o
 What a cycle brings is learned in any case: the share of accepted tokens at each position among the
 cycles that got so far. The width with the most expected tokens a second is taken; where no width
 beats plain decoding the drafter is parked, and asked again from time to time within a small share
-of the time spent.
+of the time spent, a tenth of it where even a perfect drafter could not pay.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ PRIOR, PRIOR_WEIGHT = 0.7, 2.0
 """Acceptance rate assumed of a position before it was seen, and how many cycles that counts."""
 FREE = 0.03
 """Share of a cycle that drafting more than is verified may cost."""
+HOPELESS = 10
+"""So many times rarer a drafter is asked where even a perfect one could not pay."""
 MARGIN = 1.02
 """Speculation must promise this much more than plain decoding."""
 
@@ -201,6 +203,8 @@ class AdaptiveWidth:
         if rate > MARGIN / plain:
             return self._width(best, most)
         cost = (self._seconds(best) or 0.0) - plain
+        if not self._could_pay(most, plain):
+            cost *= HOPELESS
         if self._budget > cost > 0:
             self._budget = 0.0
             return self._width(best, most)
@@ -242,6 +246,11 @@ class AdaptiveWidth:
             if rate > best_rate:
                 best, best_rate = width, rate
         return best, best_rate
+
+    def _could_pay(self, most: int, plain: float) -> bool:
+        """Whether any width would pay if every draft token were accepted."""
+        seconds = [self._seconds(width) or 0.0 for width in range(1, most + 1)]
+        return any((i + 2) * plain > taken for i, taken in enumerate(seconds))
 
     def _width(self, verify: int, most: int) -> Width:
         """All slots where they cost next to nothing: the first of many are better than few."""
