@@ -20,14 +20,10 @@ from mlx_lm.utils import _get_classes
 
 from draftloom.contracts import CacheKind, TargetInfo, TargetOutput
 from draftloom.errors import ModelError, UnsupportedModelError, UsageError
-from draftloom.kernel_settings import KernelSettings
 from draftloom.model_info import ModelInfo
 
-from .attention_module import AttentionLayers
-from .early_launch import EarlyLaunch
-from .packed import PackedModel
 from .taps import LayerTaps
-from .verify_attention import tune_attention
+from .tuned import TunedModel
 
 __all__ = [
     "MlxLmAdapter",
@@ -143,17 +139,12 @@ def cache_kind(cache: Any) -> CacheKind:
     return kinds.get(type(cache), CacheKind.OTHER)
 
 
-class MlxLmAdapter:
+class MlxLmAdapter(TunedModel):
     """A model of mlx-lm whose forward is used as it is.
 
     Args:
         model: as mlx-lm loaded it.
         info: from the adapter's `describe`.
-
-    Attributes:
-        attention: the attention modules that can be stood in for; mlx-lm's own run until some are.
-        packed: the projections that can run as one product; apart until `tune` says otherwise.
-        early: layers launched while later ones are put together; none until `tune` says so.
     """
 
     def __init__(self, model: nn.Module, info: TargetInfo) -> None:
@@ -161,16 +152,8 @@ class MlxLmAdapter:
         self.info = info
         self._text = language_model(model)
         self._taps = LayerTaps(self._text.model.layers)
-        self.attention = AttentionLayers(self._text.model.layers, info.name)
-        self.packed = PackedModel(model)
-        self.early = EarlyLaunch(self._text.model.layers)
-
-    def tune(self, settings: KernelSettings) -> None:
-        """Pack projections, launch layers early, choose the attention of verify, as the settings
-        say. Taps are set after."""
-        self.packed.tune(settings)
-        self.early.tune(settings)
-        tune_attention(self.attention, settings)
+        layers = self._text.model.layers
+        self._prepare(model, info.name, layers, layers)
 
     def tap(self, layers: Sequence[int]) -> None:
         """Choose the layers whose outputs are returned as features.
@@ -205,6 +188,4 @@ class MlxLmAdapter:
     def close(self) -> None:
         """Put every replaced layer, attention module and projection back."""
         self._taps.clear()
-        self.attention.restore()
-        self.packed.restore()
-        self.early.restore()
+        self._put_back()

@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
+from draftloom.device import on_gpu
 from draftloom.kernel_settings import AUTO, OFF, KernelSettings
 from draftloom.kernels.verify_attention import TIMED, Choice, Request, choose, cuda, metal
 from draftloom.kernels.verify_attention import valid_lengths as lengths_of
@@ -49,7 +50,7 @@ class VerifyAttention:
         return choice.run(q, cache.keys, cache.values, lengths, scale=how.scale, sinks=how.sinks)
 
     def _choice(self, q: mx.array, keys: mx.array, sinks: bool) -> Choice:
-        gpu = mx.default_device() == mx.Device(mx.gpu)
+        gpu = on_gpu()
         key = (q.shape, q.dtype, keys.shape[1], sinks, gpu)
         found = self._choices.get(key)
         if found is None:

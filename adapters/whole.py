@@ -11,18 +11,14 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from draftloom.contracts import TargetInfo, TargetOutput
 from draftloom.errors import UnsupportedModelError, UsageError
-from draftloom.kernel_settings import KernelSettings
 from draftloom.kv_cache import KVQuantization
 from draftloom.model_info import ModelInfo
 
-from .attention_module import AttentionLayers
 from .base import cache_kind, make_skeleton, sketch
-from .early_launch import EarlyLaunch
-from .packed import PackedModel
 from .parts import Parts
 from .quantized_kv import why_not_quantized_kv
 from .taps import LayerTaps, TapLayer
-from .verify_attention import tune_attention
+from .tuned import TunedModel
 
 __all__ = ["WholeModelAdapter", "describe_whole"]
 
@@ -103,17 +99,12 @@ def _first_int(args: Any, *names: str) -> int | None:
     return next((value for value in found if isinstance(value, int)), None)
 
 
-class WholeModelAdapter:
+class WholeModelAdapter(TunedModel):
     """A model of mlx-lm whose forward is used as it is, whatever its layout.
 
     Args:
         model: as mlx-lm loaded it.
         info: from the adapter's `describe`.
-
-    Attributes:
-        attention: the attention modules that can be stood in for; mlx-lm's own run until some are.
-        packed: the projections that can run as one product; apart until `tune` says otherwise.
-        early: layers launched while later ones are put together; none until `tune` says so.
     """
 
     def __init__(self, model: nn.Module, info: TargetInfo) -> None:
@@ -127,9 +118,8 @@ class WholeModelAdapter:
             )
         self._parts = Parts.of(model) if info.can_tap else None
         self._taps = None if self._parts is None else _Taps(self._parts.layers)
-        self.attention = AttentionLayers(getattr(model, "layers", ()), info.name)
-        self.packed = PackedModel(model)
-        self.early = EarlyLaunch(None if self._parts is None else self._parts.layers)
+        layers = None if self._parts is None else self._parts.layers
+        self._prepare(model, info.name, getattr(model, "layers", ()), layers)
 
     @classmethod
     def sketch(cls, model: ModelInfo, dtype: mx.Dtype) -> tuple[Callable[..., Any], list[Any]]:
@@ -140,13 +130,6 @@ class WholeModelAdapter:
     def why_not_quantized_kv(cls, model: ModelInfo, settings: KVQuantization) -> str:
         """Why the caches of a model cannot be packed so; empty where they can."""
         return why_not_quantized_kv(model, settings)
-
-    def tune(self, settings: KernelSettings) -> None:
-        """Pack projections, launch layers early, choose the attention of verify, as the settings
-        say. Taps are set after."""
-        self.packed.tune(settings)
-        self.early.tune(settings)
-        tune_attention(self.attention, settings)
 
     def tap(self, layers: Sequence[int]) -> None:
         """Choose the layers whose outputs are returned as features.
@@ -187,9 +170,7 @@ class WholeModelAdapter:
         """Put every replaced layer, attention module and projection back."""
         if self._taps is not None:
             self._taps.clear()
-        self.attention.restore()
-        self.packed.restore()
-        self.early.restore()
+        self._put_back()
 
     def _refuse(self) -> UsageError:
         reason = self.info.why_no_taps

@@ -30,6 +30,7 @@ __all__ = [
     "Reporting",
     "Resolvable",
     "Tunable",
+    "serving",
 ]
 
 
@@ -127,3 +128,8 @@ class Resolvable(Protocol):
 
     def resolve(self, params: SamplingParams) -> Any:
         """The policy that serves a request with these parameters."""
+
+
+def serving(policy: Any, params: SamplingParams) -> Any:
+    """The policy that serves a request: the one that a `Resolvable` stands for, else itself."""
+    return policy.resolve(params) if isinstance(policy, Resolvable) else policy

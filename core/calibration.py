@@ -14,11 +14,9 @@ import logging
 import os
 import platform
 import statistics
-import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +32,9 @@ from draftloom.memory import UsesMemory
 from draftloom.mismatch import MismatchMonitor
 from draftloom.parts import EngineParts, EngineRequest
 from draftloom.sampling import SamplingParams
+from draftloom.self_test_record import fingerprint
 from draftloom.spec import PipelineSpec
+from draftloom.user_files import cache_folder, write_whole
 
 __all__ = ["CycleTimer", "calibrate", "costs_folder"]
 
@@ -151,9 +151,7 @@ class CycleTimer:
 
 def costs_folder() -> Path:
     """Where costs are kept: ``draftloom/costs`` in XDG_CACHE_HOME or ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    root = Path(base) if os.path.isabs(base) else Path("~/.cache").expanduser()
-    return root / "draftloom" / "costs"
+    return cache_folder() / "costs"
 
 
 def calibrate(parts: EngineParts, spec: PipelineSpec, *, fresh: bool = False) -> CycleCosts | None:
@@ -187,7 +185,11 @@ def calibrate(parts: EngineParts, spec: PipelineSpec, *, fresh: bool = False) ->
         mx.clear_cache()
     if costs is not None:
         _log.info("a plain cycle takes %.2f ms, by width %s", 1e3 * costs.plain, costs.widths)
-        _keep(path, {"key": key, "costs": costs.as_data()})
+        kept = {"key": key, "costs": costs.as_data()}
+        try:
+            write_whole(path, json.dumps(kept, indent=1))
+        except OSError as error:  # measured again next time
+            _log.info("costs are not kept: %s", error)
     return costs
 
 
@@ -197,32 +199,18 @@ def _key(parts: EngineParts, spec: PipelineSpec) -> dict[str, Any]:
     for name, value in sorted(tree_flatten(parts.target.model.parameters())):
         digest.update(f"{name} {value.shape} {value.dtype}\n".encode())
     drafter = parts.drafter
-    details = mx.device_info()
     plain = attrs.evolve(spec, target="", width=type(spec)().width, sampling=())
     pipeline = json.dumps(attrs.asdict(plain), sort_keys=True, default=_name_of)
     return {
         "target": digest.hexdigest(),
         "drafter_bytes": drafter.memory() if isinstance(drafter, UsesMemory) else None,
         "pipeline": pipeline,
-        "device": [str(mx.default_device()), details.get("device_name"), platform.machine()],
+        "here": fingerprint(),
+        "machine": platform.machine(),
         "processors": os.cpu_count(),
-        "versions": {name: version(name) for name in ("draftloom", "mlx", "mlx-lm")},
     }
 
 
 def _name_of(value: Any) -> str:
     """What stands for an option that is no plain data: a path, a model that is loaded already."""
     return str(value) if isinstance(value, Path) else type(value).__name__
-
-
-def _keep(path: Path, data: dict[str, Any]) -> None:
-    """Write a file whole or not at all. One that cannot be written is measured again next time."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, suffix=".part", delete=False
-        ) as file:
-            json.dump(data, file, indent=1)
-        os.replace(file.name, path)
-    except OSError as error:
-        _log.info("costs are not kept: %s", error)

@@ -21,7 +21,7 @@ import attrs
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from draftloom.abilities import Reporting, Resolvable
+from draftloom.abilities import Reporting, serving
 from draftloom.contracts import (
     AcceptancePolicy,
     CacheKind,
@@ -30,6 +30,7 @@ from draftloom.contracts import (
     Preserves,
     Speculation,
     Width,
+    WidthPolicy,
 )
 from draftloom.drafting import GuardedDrafter, UnusableDraftError, one_line
 from draftloom.errors import (
@@ -81,9 +82,7 @@ class Engine:
         if request.logprobs is not None:
             self._scores = LogprobReader(request.logprobs, self._vocab_size)
         self.acceptance = self._policy()
-        self._width = parts.width
-        if isinstance(parts.width, Resolvable):
-            self._width = parts.width.resolve(request.sampling)
+        self._width: WidthPolicy = serving(parts.width, request.sampling)
         self._cache = parts.target.make_cache() if request.cache is None else request.cache
         self._conversion = KVConversion(parts.kv_quantization, self._cache)
         self.stats = GenerationStats(
@@ -127,9 +126,8 @@ class Engine:
         )
 
     def _policy(self) -> AcceptancePolicy:
-        policy, params = self._parts.acceptance, self._request.sampling
-        if isinstance(policy, Resolvable):
-            policy = policy.resolve(params)
+        params = self._request.sampling
+        policy: AcceptancePolicy = serving(self._parts.acceptance, params)
         if policy.info.preserves is Preserves.GREEDY and not params.greedy:
             raise UsageError(
                 f"acceptance {policy.info.name!r} is greedy, temperature is {params.temperature}",

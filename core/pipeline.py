@@ -8,7 +8,7 @@ from typing import Any, TypedDict, Unpack
 import attrs
 from mlx_lm.generate import wired_limit
 
-from draftloom.abilities import Calibratable, Resolvable
+from draftloom.abilities import Calibratable, serving
 from draftloom.calibration import calibrate
 from draftloom.contracts import CycleNode, TargetInfo
 from draftloom.engine import Engine
@@ -317,10 +317,7 @@ class Pipeline:
             getattr(self.tokenizer, "eos_token_ids", None) or (),
             self._sampling(options),
         )
-        width = self._parts.width
-        if isinstance(width, Resolvable):
-            width = width.resolve(sampling)
-        if isinstance(width, Calibratable):
+        if isinstance(serving(self._parts.width, sampling), Calibratable):
             self.calibrate()
         request = EngineRequest(
             prompt=prompt,

@@ -15,8 +15,9 @@ from typing import Any
 import attrs
 import mlx.core as mx
 
+from draftloom.device import backend_name
 from draftloom.errors import UsageError
-from draftloom.user_files import user_folder
+from draftloom.user_files import user_folder, write_whole
 
 __all__ = ["SelfTestRecord", "fingerprint", "record_file"]
 
@@ -32,11 +33,10 @@ def fingerprint() -> dict[str, str]:
     """What a record counts for: the device, its backend, and the versions that kernels rest on."""
     details = mx.device_info()
     device = details.get("device_name") or details.get("architecture") or "?"
-    backend = "metal" if mx.metal.is_available() else "cuda" if mx.cuda.is_available() else "cpu"
     on_cpu = mx.default_device() == mx.Device(mx.cpu)
     return {
         "device": str(device),
-        "backend": "cpu" if on_cpu else backend,
+        "backend": "cpu" if on_cpu else backend_name(),
         **{name: version(name) for name in ("draftloom", "mlx", "mlx-lm")},
     }
 
@@ -96,8 +96,7 @@ class SelfTestRecord:
             "failed": dict(self.failed),
         }
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+            write_whole(file, json.dumps(data, indent=1) + "\n")
         except OSError as error:
             reason = error.strerror or error
             raise UsageError(f"{file} cannot be written: {reason}", "check permissions") from error

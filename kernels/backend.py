@@ -9,7 +9,11 @@ from typing import Any, Protocol
 import attrs
 import mlx.core as mx
 
-__all__ = ["CUDA_BUILTINS", "Backend", "KernelSource"]
+__all__ = ["CUDA_BUILTINS", "ON_CPU", "Backend", "KernelSource", "per_row", "row_entries"]
+
+ON_CPU = "the default device is the CPU"
+_NAMES = {"metal": "Metal", "cuda": "CUDA"}
+_LEAST = 4  # MLX-CUDA keeps arrays of 8 bytes or less in host memory, slow to read from a kernel
 
 CUDA_BUILTINS = """
 #define thread_index_in_simdgroup (threadIdx.x & 31)
@@ -82,3 +86,33 @@ class Backend:
             header=self.prelude,
             ensure_row_contiguous=not strided,
         )
+
+    def why_missing(self) -> str | None:
+        """None if MLX has this backend here, else the reason why not."""
+        if getattr(mx, self.name).is_available():
+            return None
+        name = _NAMES[self.name]
+        return f"MLX was built without {name} or finds no {name} device"
+
+    def why_not_here(self) -> str | None:
+        """None if kernels can run on the default device, else the reason why not."""
+        on_cpu = mx.default_device() == mx.Device(mx.cpu)
+        return self.why_missing() or (ON_CPU if on_cpu else None)
+
+
+def per_row(numbers: mx.array, rows: int) -> mx.array:
+    """Numbers a row, as kernels want them: [max(B, 4)] int32; entries past B mean nothing.
+
+    Args:
+        numbers: at least ``rows`` of them.
+        rows: B.
+    """
+    size = row_entries(rows)
+    if numbers.shape[0] >= size and numbers.dtype == mx.int32:
+        return numbers
+    return mx.pad(numbers.astype(mx.int32), (0, max(size - numbers.shape[0], 0)))
+
+
+def row_entries(rows: int) -> int:
+    """How many entries an array of numbers a row needs."""
+    return max(rows, _LEAST)

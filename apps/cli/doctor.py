@@ -203,11 +203,12 @@ def _versions() -> dict[str, str]:
 def _device() -> dict[str, Any]:
     import mlx.core as mx
 
+    from draftloom.device import backend_name
+
     details = mx.device_info()
-    backend = "metal" if mx.metal.is_available() else "cuda" if mx.cuda.is_available() else "cpu"
     kept = ("device_name", "architecture", "memory_size", "max_recommended_working_set_size")
     return {
-        "backend": backend,
+        "backend": backend_name(),
         "default": str(mx.default_device()),
         **{key: details[key] for key in kept if key in details},
     }

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import mlx.core as mx
-
+from draftloom.device import on_gpu
 from draftloom.kernels.check import Check
 
 from .targets import why_not_for
@@ -18,7 +17,7 @@ TIMED = False
 
 def by_default() -> bool:
     """Whether `auto` lets replays wait here. On the CPU there is no launch to save: never."""
-    return TIMED and mx.default_device() == mx.Device(mx.gpu)
+    return TIMED and on_gpu()
 
 
 def checks() -> Iterator[Check]:

@@ -7,7 +7,7 @@ from typing import Any
 import attrs
 import mlx.core as mx
 
-from draftloom.kernels.backend import Backend
+from draftloom.kernels.backend import Backend, per_row, row_entries
 
 from .source import Variant
 from .tape import Tape
@@ -23,7 +23,6 @@ __all__ = [
 ]
 
 _FLOATS = (mx.float32, mx.float16, mx.bfloat16)
-_COUNTS = 4  # MLX-CUDA keeps arrays of 8 bytes or less in host memory, slow to read from a kernel
 _GRID_LIMIT = 65535  # CUDA's limit on the z extent of a grid
 
 
@@ -295,14 +294,12 @@ def row_counts(n: int | Sequence[int] | mx.array, rows: int) -> mx.array:
     Returns:
         [max(B, 4)] int32; entries past B mean nothing.
     """
-    size = max(rows, _COUNTS)
+    size = row_entries(rows)
     if isinstance(n, int):
         return _constant_counts((n,) * size)
     if not isinstance(n, mx.array):
         return _constant_counts((*n, *[0] * (size - len(n))))
-    if n.shape[0] >= size and n.dtype == mx.int32:
-        return n
-    return mx.pad(n.astype(mx.int32), (0, max(size - n.shape[0], 0)))
+    return per_row(n, rows)
 
 
 @lru_cache(maxsize=64)

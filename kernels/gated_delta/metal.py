@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import mlx.core as mx
 
+from draftloom.kernels.backend import ON_CPU
 from draftloom.kernels.check import Check
 
 from .launch import Backend, Launcher, Request, unsupported_shape
@@ -14,15 +15,7 @@ __all__ = ["BACKEND", "LAUNCHER", "by_default", "checks", "supports", "why_not_f
 
 BACKEND = Backend("metal", mx.fast.metal_kernel, METAL_PRELUDE)
 LAUNCHER = Launcher(BACKEND)
-
-
-def why_not_here() -> str | None:
-    """None if the kernels can run on the default device, else the reason why not."""
-    if not mx.metal.is_available():
-        return "MLX was built without Metal or finds no Metal device"
-    if mx.default_device() == mx.Device(mx.cpu):
-        return "the default device is the CPU"
-    return None
+why_not_here = BACKEND.why_not_here
 
 
 def by_default() -> bool:
@@ -39,8 +32,5 @@ def checks() -> Iterator[Check]:
 
 def supports(request: Request) -> str | None:
     """None if these kernels can serve the request here, else the reason why not."""
-    if not mx.metal.is_available():
-        return "MLX was built without Metal or finds no Metal device"
-    if request.device != "gpu":
-        return "the default device is the CPU"
-    return unsupported_shape(request)
+    on_cpu = None if request.device == "gpu" else ON_CPU
+    return BACKEND.why_missing() or on_cpu or unsupported_shape(request)

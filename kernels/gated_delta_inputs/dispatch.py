@@ -6,6 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from draftloom.device import on_gpu
 from draftloom.kernels.choice import ARRAY, Operation
 
 from . import array, cuda, metal
@@ -52,7 +53,7 @@ def prepare(
         value_heads=layer.value_heads,
         key_size=layer.key_size,
         value_size=layer.value_size,
-        device="gpu" if mx.default_device() == mx.Device(mx.gpu) else "cpu",
+        device="gpu" if on_gpu() else "cpu",
     )
     run = OPERATION.choose(request, use).implementation.prepare
     prepared: Prepared = run(layer, projected, before, mask)

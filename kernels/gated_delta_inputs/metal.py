@@ -6,9 +6,8 @@ from collections.abc import Iterator
 
 import mlx.core as mx
 
-from draftloom.kernels.backend import Backend
+from draftloom.kernels.backend import ON_CPU, Backend
 from draftloom.kernels.check import Check
-from draftloom.kernels.gated_delta.metal import why_not_here
 from draftloom.kernels.gated_delta.targets import why_not_for
 
 from .launch import Launcher, Request, unsupported
@@ -18,6 +17,7 @@ __all__ = ["BACKEND", "LAUNCHER", "by_default", "checks", "supports", "why_not_f
 
 BACKEND = Backend("metal", mx.fast.metal_kernel, METAL_PRELUDE)
 LAUNCHER = Launcher(BACKEND)
+why_not_here = BACKEND.why_not_here
 
 
 def by_default() -> bool:
@@ -36,6 +36,5 @@ def checks() -> Iterator[Check]:
 
 def supports(request: Request) -> str | None:
     """None if this kernel can serve the request here, else the reason why not."""
-    if request.device != "gpu":
-        return "the default device is the CPU"
-    return why_not_here() or unsupported(request)
+    on_cpu = None if request.device == "gpu" else ON_CPU
+    return on_cpu or why_not_here() or unsupported(request)

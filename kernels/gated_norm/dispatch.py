@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from draftloom.device import on_gpu
 from draftloom.kernels.choice import ARRAY, Operation
 
 from . import array, cuda, metal
@@ -34,7 +35,7 @@ def normalise(norm: Any, y: mx.array, z: mx.array, *, use: Any = None) -> mx.arr
     """
     if (OPERATION.default() if use is None else use) == ARRAY:
         return array.normalise(norm, y, z)
-    device = "gpu" if mx.default_device() == mx.Device(mx.gpu) else "cpu"
+    device = "gpu" if on_gpu() else "cpu"
     plain = isinstance(norm, nn.Module) and list(norm) == ["weight"] and hasattr(norm, "eps")
     request = Request(y.dtype, y.shape[-1], plain, device)
     output: mx.array = OPERATION.choose(request, use).implementation.normalise(norm, y, z)

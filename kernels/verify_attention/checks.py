@@ -13,7 +13,7 @@ from typing import Any
 import attrs
 import mlx.core as mx
 
-from draftloom.device import on_cuda
+from draftloom.device import on_cuda, on_gpu
 from draftloom.kernels.check import Check
 
 from . import reference
@@ -65,7 +65,7 @@ class Case:
 
     def request(self) -> Request:
         """What a call with this case asks."""
-        gpu = mx.default_device() == mx.Device(mx.gpu)
+        gpu = on_gpu()
         shape = (len(self.lengths), self.queries, *self.heads, self.size)
         return Request(self.dtype, *shape, "gpu" if gpu else "cpu", self.window, self.sinks)
 

@@ -15,6 +15,8 @@ from typing import Any
 import attrs
 import mlx.core as mx
 
+from draftloom.device import on_gpu
+
 from . import array, cuda, metal
 from .launch import TIMED, Request
 
@@ -133,7 +135,7 @@ def attend(
         raise ValueError(f"keys {keys.shape} and values {values.shape} do not fit q {q.shape}")
     if isinstance(lengths, int) and not queries <= lengths <= keys.shape[2]:
         raise ValueError(f"{lengths} valid keys; {queries} to {keys.shape[2]} are possible")
-    gpu = mx.default_device() == mx.Device(mx.gpu)
+    gpu = on_gpu()
     same = q.dtype == keys.dtype == values.dtype
     request = Request(
         dtype=q.dtype,

@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 import mlx.core as mx
 
-from draftloom.kernels.backend import Backend
+from draftloom.kernels.backend import Backend, per_row, row_entries
 
 from .source import Combine, Partial
 
@@ -33,7 +33,6 @@ docs/benchmarks/verify_attention.py has shown there that it pays."""
 MAX_QUERIES = 32
 """Most query tokens a row."""
 _KINDS = {mx.float32: 0, mx.float16: 1, mx.bfloat16: 2}
-_LENGTHS = 4  # MLX-CUDA keeps arrays of 8 bytes or less in host memory, slow to read from a kernel
 _GRID_LIMIT = 65535  # CUDA's limit on the z extent of a grid
 _GROUPS = 132  # threadgroups to make of the keys: one for each multiprocessor of an H100
 _TILE = 16 * 1024
@@ -251,9 +250,6 @@ def valid_lengths(lengths: int | mx.array, rows: int) -> mx.array:
     Returns:
         [max(B, 4)] int32; entries past B mean nothing.
     """
-    size = max(rows, _LENGTHS)
     if not isinstance(lengths, mx.array):
-        return mx.full((size,), lengths, dtype=mx.int32)
-    if lengths.shape[0] >= size and lengths.dtype == mx.int32:
-        return lengths
-    return mx.pad(lengths.astype(mx.int32), (0, max(size - lengths.shape[0], 0)))
+        return mx.full((row_entries(rows),), lengths, dtype=mx.int32)
+    return per_row(lengths, rows)

@@ -27,15 +27,7 @@ __all__ = [
 BACKEND = Backend("metal", mx.fast.metal_kernel, METAL_PRELUDE)
 LAUNCHER = Launcher(BACKEND)
 attend = LAUNCHER.attend
-
-
-def why_not_here() -> str | None:
-    """None if the kernels can run on the default device, else the reason why not."""
-    if not mx.metal.is_available():
-        return "MLX was built without Metal or finds no Metal device"
-    if mx.default_device() == mx.Device(mx.cpu):
-        return "the default device is the CPU"
-    return None
+why_not_here = BACKEND.why_not_here
 
 
 def by_default() -> bool:

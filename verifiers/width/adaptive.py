@@ -133,12 +133,12 @@ class AdaptiveWidth:
             )
         self.calibrate: str = calibrate
         self._costs: CycleCosts | None = None
-        self._plain_scale = _Scale(self._decay_of(memory))
-        self._width_scale = _Scale(self._decay_of(memory))
+        self._decay = 1 - 1 / memory
+        self._plain_scale = _Scale(self._decay)
+        self._width_scale = _Scale(self._decay)
         self._last = Width(0, 0)
         self._most = tokens
         self._probe_share = probe_share
-        self._decay = self._decay_of(memory)
         self._plain = _Line(self._decay)
         self._speculative = _Line(self._decay)
         self._explored = 0
@@ -147,10 +147,6 @@ class AdaptiveWidth:
         self._budget = 0.0
         self._parks = park
         self._parked = False
-
-    @staticmethod
-    def _decay_of(memory: int) -> float:
-        return 1 - 1 / memory
 
     def take_costs(self, costs: CycleCosts) -> None:
         """What cycles take here, measured beforehand."""

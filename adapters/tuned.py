@@ -1,0 +1,59 @@
+"""What of a loaded model kernels can stand in for: one set of switches for every adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.nn as nn
+
+from draftloom.kernel_settings import KernelSettings
+
+from .attention_module import AttentionLayers
+from .early_launch import EarlyLaunch
+from .packed import PackedModel
+from .verify_attention import tune_attention
+
+__all__ = ["TunedModel"]
+
+
+class TunedModel:
+    """The part of an adapter that exchanges instances of a model and puts them back.
+
+    Attributes:
+        attention: the attention modules that can be stood in for; mlx-lm's own run until some are.
+        packed: the projections that can run as one product; apart until `tune` says otherwise.
+        early: layers launched while later ones are put together; none until `tune` says so.
+    """
+
+    attention: AttentionLayers
+    packed: PackedModel
+    early: EarlyLaunch
+
+    def _prepare(
+        self, model: nn.Module, name: str, attending: Sequence[Any], layers: list[nn.Module] | None
+    ) -> None:
+        """Look at a model; nothing is exchanged yet.
+
+        Args:
+            model: as mlx-lm loaded it.
+            name: for messages.
+            attending: layers whose attention may be stood in for.
+            layers: the model's own list; None where its layers cannot be exchanged.
+        """
+        self.attention = AttentionLayers(attending, name)
+        self.packed = PackedModel(model)
+        self.early = EarlyLaunch(layers)
+
+    def tune(self, settings: KernelSettings) -> None:
+        """Pack projections, launch layers early, choose the attention of verify, as the settings
+        say. Taps are set after."""
+        self.packed.tune(settings)
+        self.early.tune(settings)
+        tune_attention(self.attention, settings)
+
+    def _put_back(self) -> None:
+        """Put every attention module, projection and layer back. Taps are cleared before."""
+        self.attention.restore()
+        self.packed.restore()
+        self.early.restore()
