@@ -286,8 +286,8 @@ def test_a_node_that_reads_costs_a_second_wait(waits: Waits) -> None:
     assert cycles == [["item", "tolist"]] * stream.stats.cycles
 
 
-def test_nothing_is_read_before_the_next_draft_is_launched(waits: Waits) -> None:
-    """Between the read of a cycle and the launch of the next draft the host does not wait."""
+def in_order(waits: Waits) -> list[str]:
+    """Launches and reads from now on, in order."""
     order: list[str] = []
     launched, read = waits.launched, waits.read
     waits.launched = lambda values: (order.append("launch"), launched(values))[1]  # type: ignore
@@ -295,6 +295,12 @@ def test_nothing_is_read_before_the_next_draft_is_launched(waits: Waits) -> None
         order.append(name),
         read(name, array, call),
     )[1]
+    return order
+
+
+def test_nothing_is_read_before_the_next_draft_is_launched(waits: Waits) -> None:
+    """Between the read of a cycle and the launch of the next draft the host does not wait."""
+    order = in_order(waits)
     drafter = half_right(plain(model(), PROMPT, COUNT), 2)
     with pipeline_of(drafter) as pipeline:
         stream = pipeline.stream(PROMPT, max_tokens=COUNT)
@@ -311,13 +317,7 @@ def test_nothing_is_read_before_the_next_draft_is_launched(waits: Waits) -> None
 
 
 def test_a_plain_cycle_is_launched_before_the_last_one_is_read(waits: Waits) -> None:
-    order: list[str] = []
-    launched, read = waits.launched, waits.read
-    waits.launched = lambda values: (order.append("launch"), launched(values))[1]  # type: ignore
-    waits.read = lambda name, array, call: (  # type: ignore[method-assign]
-        order.append(name),
-        read(name, array, call),
-    )[1]
+    order = in_order(waits)
     with pipeline_of() as pipeline:
         stream = pipeline.stream(PROMPT, max_tokens=COUNT)
         next(stream)
