@@ -16,7 +16,7 @@ class Decoder:
         cfg, dtype = model.cfg, torch.bfloat16 if device == "cuda" else torch.float32
         self.dtype = dtype
         self.ids = torch.zeros(batch, length + 1, dtype=torch.long, device=device)
-        self.prompt_length = torch.zeros((), dtype=torch.long, device=device)
+        self.prompt_length = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self.position = torch.zeros((), dtype=torch.long, device=device)
         self.temperature = torch.zeros(batch, 1, device=device)
         self.slots = torch.arange(length, device=device)
@@ -39,6 +39,7 @@ class Decoder:
                     tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
                 )
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.advance = torch.compile(advance) if device == "cuda" else advance
 
     def refresh(self) -> None:
         modules = dict(self.model.named_modules())
@@ -72,14 +73,22 @@ class Decoder:
         self.position += 1
 
     @torch.no_grad()
-    def run(self, prompts: torch.Tensor, total: int, temperature: torch.Tensor | None = None):
-        """ids [batch, total] whose first columns are the prompts [batch, P]."""
+    def run(
+        self,
+        prompts: torch.Tensor,
+        total: int,
+        temperature: torch.Tensor | None = None,
+        lengths: torch.Tensor | None = None,
+    ):
+        """ids [batch, total] whose first columns are the prompts [batch, P], or the first
+        lengths [batch, 1] of them."""
+        lengths = torch.tensor(prompts.shape[1]) if lengths is None else lengths
         was = [(m, m.qat) for m in self.model.modules() if isinstance(m, Linear)]
         self.refresh()
         for module, _ in was:
             module.qat = False  # self.weights are rounded already
         if self.device == "cuda" and self.graph is None:
-            self._reset(prompts, temperature)
+            self._reset(prompts, lengths, temperature)
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
@@ -87,24 +96,36 @@ class Decoder:
                     self.step()
             torch.cuda.current_stream().wait_stream(side)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 self.step()
-        self._reset(prompts, temperature)
+        self._reset(prompts, lengths, temperature)
         for _ in range(total - 1):
             self.graph.replay() if self.graph else self.step()
         for module, on in was:
             module.qat = on
         return self.ids[:, :total].clone()
 
-    def _reset(self, prompts: torch.Tensor, temperature: torch.Tensor | None) -> None:
+    def _reset(
+        self, prompts: torch.Tensor, lengths: torch.Tensor, temperature: torch.Tensor | None
+    ) -> None:
         self.ids.zero_()
         self.ids[:, : prompts.shape[1]] = prompts
-        self.prompt_length.fill_(prompts.shape[1])
+        self.prompt_length.copy_(lengths)
         self.position.zero_()
         self.temperature.copy_(0 if temperature is None else temperature)
         for pair in self.cache:
             for tensor in pair:
                 tensor.zero_()
+
+
+def advance(state, q, k, v, g, beta) -> torch.Tensor:
+    """One token of the gated delta rule; state [B, H, Dk, Dv] is written in place."""
+    decayed = state * g.exp()[..., None, None]
+    delta = (v - (k[..., None] * decayed).sum(-2)) * beta[..., None]
+    after = decayed + k[..., None] * delta[..., None, :]
+    out = (q[..., None] * after).sum(-2)
+    state.copy_(after)
+    return out
 
 
 class _Step(nn.Module):
@@ -125,10 +146,7 @@ class _Step(nn.Module):
             window.copy_(u[:, 1:])
             q, k, v = (t[:, :, 0].float() for t in part.heads(F.silu(y)))
             g, beta = (t[:, :, 0] for t in part.gates(h))
-            decayed = state * g.exp()[..., None, None]
-            delta = (v - torch.einsum("bhk,bhkv->bhv", k, decayed)) * beta[..., None]
-            state.copy_(decayed + k[..., None] * delta[..., None, :])
-            out = part.finish(torch.einsum("bhk,bhkv->bhv", q, state)[:, :, None], h)
+            out = part.finish(decoder.advance(state, q, k, v, g, beta)[:, :, None], h)
         else:
             part, (keys, values) = layer.self_attn, cache
             q, k, v, gate = part.parts(h, cos, sin)

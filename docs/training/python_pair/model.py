@@ -265,9 +265,9 @@ class Layer(nn.Module):
 
 
 class Target(nn.Module):
-    def __init__(self, kind: str):
+    def __init__(self, kind: str, layers: int | None = None):
         super().__init__()
-        self.kind, self.cfg = kind, KINDS[kind]
+        self.kind, self.cfg = kind, KINDS[kind] | ({} if layers is None else {"layers": layers})
         self.embed_tokens = Linear(self.cfg["hidden"], VOCABULARY)
         nn.init.normal_(self.embed_tokens.weight, std=0.02)
         self.layers = nn.ModuleList(Layer(self.cfg, i) for i in range(self.cfg["layers"]))
@@ -295,3 +295,27 @@ class Target(nn.Module):
         for module in self.modules():
             if isinstance(module, Linear):
                 module.qat = on
+
+
+class Ahead(nn.Module):
+    """Heads for the tokens after the next one (multi-token prediction, arXiv 2404.19737): they are
+    thrown away, and what they taught the hidden states stays. A drafter reads those."""
+
+    def __init__(self, hidden: int, tokens: int):
+        super().__init__()
+        self.tokens = tokens
+        self.weight = nn.Parameter(torch.zeros(tokens, hidden, hidden))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[B, T, D] to [B, T, D]; row i is of the head for the token i % tokens after the next."""
+        of_row = self.weight.to(hidden.dtype)[self.offsets(hidden) - 1]
+        return hidden + hidden @ of_row
+
+    def offsets(self, hidden: torch.Tensor) -> torch.Tensor:
+        """How many tokens after the next each row looks, [B], from 1."""
+        return torch.arange(hidden.shape[0], device=hidden.device) % self.tokens + 1
+
+    def labels(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """[B, T] of ids [B, at least T + 1 + tokens]."""
+        place = torch.arange(hidden.shape[1], device=ids.device)
+        return ids.gather(1, self.offsets(hidden)[:, None] + 1 + place)

@@ -1,13 +1,15 @@
-"""Train a tiny target on one NVIDIA GPU with PyTorch, and write it in mlx-lm's format.
+"""Train a tiny target on NVIDIA GPUs with PyTorch, and write it in mlx-lm's format.
 
     python target.py train --kind hybrid --data CORPUS --tokenizer DIR --minutes 9 --out RUN
-    python target.py write --run RUN --data CORPUS --count 40000 --out RUN/responses.jsonl
+    torchrun --nproc-per-node 4 target.py train ...      # the same, on four GPUs
+    python target.py write --target RUN/target --data CORPUS --count 40000 --out RUN/responses.jsonl
 
 `--kind hybrid` is a Qwen3.5 (gated delta and full attention), `--kind attention` a Qwen3.
 All of a run trains with weights rounded to 4 bits exactly as MLX stores them, so that the stored
 model is the trained one. The last fifth also lowers the probability of tokens that
 complete a repeated 8-gram in the model's own greedy text (unlikelihood, arXiv 1908.04319), as
-long as that text repeats itself more than wanted.
+long as that text repeats itself more than wanted. `--ahead N` also trains throw-away heads for
+the N tokens after the next one.
 
 RUN/target holds the 4-bit model, RUN/target-bf16 the same weights dequantized, RUN/log.jsonl what
 happened. `write` lets the target answer prompts from the corpus (greedy, or sampled for a share),
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import time
@@ -25,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from decode import Decoder, repeats
 from model import (
@@ -34,6 +38,7 @@ from model import (
     KINDS,
     THETA,
     VOCABULARY,
+    Ahead,
     Target,
     codes_of,
     is_stored_in_4_bits,
@@ -59,9 +64,9 @@ def orthogonal(g: torch.Tensor) -> torch.Tensor:
 class Muon:
     """Muon for the matrices of the layers, one batched product a shape; AdamW for the rest."""
 
-    def __init__(self, model: Target):
+    def __init__(self, model: Target, more: list[nn.Parameter]):
         groups: dict[tuple[int, ...], list[nn.Parameter]] = {}
-        rest = []
+        rest = list(more)
         for name, p in model.named_parameters():
             if name.startswith("layers.") and p.ndim == 2 and p.shape[0] >= 64:
                 groups.setdefault(tuple(p.shape), []).append(p)
@@ -164,78 +169,135 @@ class Tidier:
         return (0.25 if self.repeated > self.args.repeats else 0.08) * loss
 
 
-class Log:
-    """Lines of JSON, on the screen and in a file."""
+class Team:
+    """The processes that train together, one a GPU: as torchrun starts them, or one alone."""
 
-    def __init__(self, path: Path):
-        self.file = path.open("a")
+    def __init__(self, device: str):
+        self.rank, self.size = (
+            int(os.environ.get("RANK", "0")),
+            int(os.environ.get("WORLD_SIZE", "1")),
+        )
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        if self.size > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+
+    def average(self, gradients: list[torch.Tensor]) -> None:
+        """Replace gradients by their mean over the processes."""
+        if self.size == 1:
+            return
+        flat = torch.cat([g.flatten() for g in gradients])
+        dist.all_reduce(flat)
+        flat /= self.size
+        parts = flat.split([g.numel() for g in gradients])
+        torch._foreach_copy_(
+            gradients, [p.view_as(g) for p, g in zip(parts, gradients, strict=True)]
+        )
+
+    def agree(self, value: float) -> float:
+        """The first process's value."""
+        if self.size == 1:
+            return value
+        shared = torch.tensor([value], dtype=torch.float64)
+        dist.broadcast(shared, 0)
+        return shared.item()
+
+    def leave(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+
+
+class Log:
+    """Lines of JSON, on the screen and in a file; nothing but from the first process."""
+
+    def __init__(self, path: Path, rank: int):
+        self.files = [sys.stdout, path.open("a")] if rank == 0 else []
 
     def __call__(self, **row: object) -> None:
-        for out in (sys.stdout, self.file):
+        for out in self.files:
             print(json.dumps(row), file=out, flush=True)
 
 
-def train(args: argparse.Namespace) -> None:
+def train(args: argparse.Namespace) -> None:  # noqa: C901, PLR0915 - one loop, read from top to bottom
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    torch.manual_seed(args.seed)
+    team = Team(device)
+    torch.manual_seed(args.seed)  # the same weights everywhere
     torch.set_float32_matmul_precision("high")
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.automatic_dynamic_shapes = False
     args.out.mkdir(parents=True, exist_ok=True)
-    say = Log(args.out / "log.jsonl")
+    say = Log(args.out / "log.jsonl", team.rank)
 
     corpus = Corpus(args.data, device)
-    model = Target(args.kind).to(device)
+    model = Target(args.kind, args.layers).to(device)
+    ahead = Ahead(model.cfg["hidden"], args.ahead).to(device) if args.ahead else None
     if args.init:
         model.load_state_dict(torch.load(args.init, map_location=device))
-    say(parameters=sum(p.numel() for p in model.parameters()), tokens=len(corpus.tokens))
+    say(
+        parameters=sum(p.numel() for p in model.parameters()),
+        tokens=len(corpus.tokens), processes=team.size, ahead=args.ahead,
+    )  # fmt: skip
     model.quantize(True)
-    optimizer = Muon(model)
+    optimizer = Muon(model, list(ahead.parameters()) if ahead else [])
+    parameters = [*model.parameters(), *(ahead.parameters() if ahead else ())]
     for layer in model.layers if device == "cuda" else ():
         layer.compile()
     loss_of = torch.compile(cross_entropy) if device == "cuda" else cross_entropy
     tidier: Tidier | None = None
+    torch.manual_seed(args.seed + 1 + team.rank)  # other windows everywhere
     begin = warm = time.time()
     step = seen = 0
     running = None
+    progress = args.begin
     while True:
-        now = time.time()
         if step == args.warm_steps:  # the first steps compile: the schedule's clock starts here
-            warm, seen = now, 0
-        passed = 0.0 if step < args.warm_steps else (now - warm) / (args.minutes * 60)
-        progress = args.begin + (1 - args.begin) * passed
+            warm, seen = time.time(), 0
+        if step > args.warm_steps and step % 5 == 0:
+            passed = team.agree((time.time() - warm) / (args.minutes * 60))
+            progress = args.begin + (1 - args.begin) * passed
         if progress >= 1 or (args.steps and step >= args.steps):
             break
         if step % 200 == 0:
             corpus.look()
-        batch = corpus.windows(args.rows, args.length + 1)
-        hidden = model.hidden(batch[:, :-1], dtype)
-        loss = loss_of(hidden, model.embed_tokens.effective(), batch[:, 1:])
-        loss.backward()
+        batch = corpus.windows(args.rows, args.length + 1 + args.ahead)
+        hidden = model.hidden(batch[:, : args.length], dtype)
+        head = model.embed_tokens.effective()
+        loss = loss_of(hidden, head, batch[:, 1 : args.length + 1])
+        if ahead:
+            extra = loss_of(ahead(hidden), head, ahead.labels(hidden, batch))
+            (loss + args.ahead_weight * extra).backward()
+        else:
+            loss.backward()
         if progress >= 0.78:
             tidier = tidier or Tidier(model, corpus, args, device)
             if tidier.look_due:
                 say(step=step, repeated=round(tidier.look(), 4))
             tidier.loss(dtype).backward()
+        team.average([p.grad for p in parameters])
         torch.nn.utils.clip_grad_norm_(optimizer.adam.param_groups[0]["params"], 1.0)
         optimizer.step(rate(step, progress))
-        for p in model.parameters():
+        for p in parameters:
             p.grad = None
         running = loss.detach() if running is None else running.lerp(loss.detach(), 0.02)
-        step, seen = step + 1, seen + args.rows * args.length
+        step, seen = step + 1, seen + team.size * args.rows * args.length
         if step % args.every == 0 or step <= 3:
             say(
                 step=step, loss=round(running.item(), 4), progress=round(progress, 3),
                 seconds=round(time.time() - begin, 1), corpus=len(corpus.tokens),
                 tokens_per_second=round(seen / max(time.time() - warm, 1e-9)),
+                **({"ahead_loss": round(extra.item(), 4)} if ahead else {}),
             )  # fmt: skip
     model.quantize(True)
-    torch.save(model.state_dict(), args.out / "model.pt")
-    export(model, args)
-    say(steps=step, tokens_seen=seen, seconds=round(time.time() - begin, 1), written=str(args.out))
-    if args.heldout:
-        say(heldout_loss=heldout_loss(model, args, device, dtype))
+    if team.rank == 0:
+        torch.save(model.state_dict(), args.out / "model.pt")
+        export(model, args)
+        took = round(time.time() - begin, 1)
+        say(steps=step, tokens_seen=seen, seconds=took, written=str(args.out))
+        if args.heldout:
+            say(heldout_loss=heldout_loss(model, args, device, dtype))
+    team.leave()
 
 
 @torch.no_grad()
@@ -249,8 +311,7 @@ def heldout_loss(model: Target, args: argparse.Namespace, device: str, dtype: to
     return total / len(rows)
 
 
-def config_of(kind: str) -> dict:
-    cfg = KINDS[kind]
+def config_of(kind: str, cfg: dict) -> dict:
     text = {
         "hidden_size": cfg["hidden"], "intermediate_size": cfg["inter"],
         "num_hidden_layers": cfg["layers"], "num_attention_heads": cfg["heads"],
@@ -280,11 +341,14 @@ def config_of(kind: str) -> dict:
     }  # fmt: skip
 
 
+PREFIXES = {"hybrid": "language_model.model.", "attention": "model."}
+
+
 def export(model: Target, args: argparse.Namespace) -> None:
     """Write RUN/target (4-bit) and RUN/target-bf16 (the same values)."""
     from safetensors.torch import save_file
 
-    prefix = "language_model.model." if args.kind == "hybrid" else "model."
+    prefix = PREFIXES[args.kind]
     small: dict[str, torch.Tensor] = {}
     plain: dict[str, torch.Tensor] = {}
     for name, p in model.state_dict().items():
@@ -299,7 +363,7 @@ def export(model: Target, args: argparse.Namespace) -> None:
             plain[name] = rounded(p).bfloat16()
         else:
             small[name] = plain[name] = p.bfloat16() if p.ndim >= 2 else p
-    config = config_of(args.kind)
+    config = config_of(args.kind, model.cfg)
     for folder, tensors, extra in (
         ("target", small, {"quantization": {"group_size": GROUP, "bits": BITS, "mode": "affine"}}),
         ("target-bf16", plain, {}),
@@ -312,34 +376,78 @@ def export(model: Target, args: argparse.Namespace) -> None:
             shutil.copyfile(args.tokenizer / name, out / name)
 
 
+def stored(folder: Path) -> Target:
+    """A 4-bit target as `export` wrote it, with the values it has: not to be rounded again, which
+    would change some."""
+    from safetensors.torch import load_file
+
+    config = json.loads((folder / "config.json").read_text())
+    kind = "hybrid" if "text_config" in config else "attention"
+    layers = config.get("text_config", config)["num_hidden_layers"]
+    tensors = load_file(folder / "model.safetensors")
+    weights = {}
+    for name in tensors:
+        base = name.removesuffix("weight")
+        if name != base:
+            weights[name.removeprefix(PREFIXES[kind])] = unpacked(tensors, base)
+        elif not name.endswith(("scales", "biases")):
+            weights[name.removeprefix(PREFIXES[kind])] = tensors[name].float()
+    model = Target(kind, layers)
+    model.load_state_dict(weights)
+    return model
+
+
+def unpacked(tensors: dict[str, torch.Tensor], base: str) -> torch.Tensor:
+    """The float32 values of a matrix that may be in 4 bits."""
+    packed = tensors[base + "weight"]
+    if base + "scales" not in tensors:
+        return packed.float()
+    words = packed.view(torch.int32).to(torch.int64)[..., None] >> (4 * torch.arange(8))
+    codes = (words & 15).flatten(-2).unflatten(-1, (-1, GROUP)).float()
+    product = (codes * tensors[base + "scales"].float()[..., None]).bfloat16().float()
+    return (product + tensors[base + "biases"].float()[..., None]).bfloat16().float().flatten(-2)
+
+
 @torch.no_grad()
 def write(args: argparse.Namespace) -> None:
     """Let a trained target answer prompts from the corpus."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(args.seed)
-    model = Target(args.kind).to(device)
-    model.load_state_dict(torch.load(args.run / "model.pt", map_location=device))
-    model.quantize(True)
+    model = stored(args.target).to(device)
     corpus = Corpus(args.data, device)
-    total = args.prompt + args.response
-    decoder = Decoder(model, args.batch, total, device)
-    begin, written, share = time.time(), 0, 0.0
+    low, high = args.prompt
+    decoder = Decoder(model, args.batch, args.total, device)
+    begin, written, parts = time.time(), 0, []
+    while written < args.count:
+        hot = torch.rand(args.batch, 1, device=device) < args.sampled
+        prompts = torch.randint(low, high + 1, (args.batch, 1), device=device)
+        ids = decoder.run(
+            corpus.windows(args.batch, high), args.total, hot * args.temperature, prompts
+        )
+        place = torch.arange(args.total, device=device)
+        ends = torch.where((ids == 0) & (place >= prompts), place + 1, args.total).amin(1)
+        whole = ends - prompts[:, 0] >= 32
+        parts.append([t[whole].cpu().numpy() for t in (ids, ends, prompts[:, 0])])
+        written += len(parts[-1][0])
+        share = repeats(ids[:, high:])[:, 7:].float().mean().item()
+        print(f"{written} written, {time.time() - begin:.1f} s, repeats {share:.3f}", flush=True)
+    tokens, lengths, starts = (np.concatenate(t) for t in zip(*parts, strict=True))
+    if args.out.suffix == ".safetensors":
+        from safetensors.numpy import save_file
+
+        save_file(
+            {
+                "tokens": tokens.astype(np.int32),
+                "lengths": lengths.astype(np.int32),
+                "prompts": starts.astype(np.int32),
+            },
+            args.out,
+        )
+        return
     with args.out.open("w") as out:
-        while written < args.count:
-            hot = torch.rand(args.batch, 1, device=device) < args.sampled
-            prompts = corpus.windows(args.batch, args.prompt)
-            ids = decoder.run(prompts, total, hot * args.temperature)
-            share = repeats(ids[:, args.prompt :])[:, 7:].float().mean().item()
-            for row in ids.tolist():
-                answer = row[args.prompt :]
-                if 0 in answer:
-                    answer = answer[: answer.index(0) + 1]
-                if len(answer) >= 32:
-                    line = {"prompt_ids": row[: args.prompt], "response_ids": answer}
-                    out.write(json.dumps(line, separators=(",", ":")) + "\n")
-                    written += 1
-            seconds = time.time() - begin
-            print(f"{written} written, {seconds:.1f} s, repeats {share:.3f}", flush=True)
+        for row, end, start in zip(*(t.tolist() for t in (tokens, lengths, starts)), strict=True):
+            line = {"prompt_ids": row[:start], "response_ids": row[start:end]}
+            out.write(json.dumps(line, separators=(",", ":")) + "\n")
 
 
 def main() -> None:
@@ -351,6 +459,9 @@ def main() -> None:
     p.add_argument("--data", required=True)
     p.add_argument("--heldout", type=Path)
     p.add_argument("--tokenizer", type=Path, required=True)
+    p.add_argument("--layers", type=int, help="other than the kind's")
+    p.add_argument("--ahead", type=int, default=0, help="tokens after the next one")
+    p.add_argument("--ahead-weight", type=float, default=0.3)
     p.add_argument("--minutes", type=float, default=9.0)
     p.add_argument("--init", type=Path, help="go on from this model.pt")
     p.add_argument("--begin", type=float, default=0.0, help="share of the schedule already done")
@@ -365,14 +476,13 @@ def main() -> None:
     p.add_argument("--out", type=Path, required=True)
     p = commands.add_parser("write")
     p.set_defaults(call=write)
-    p.add_argument("--kind", choices=KINDS, required=True)
-    p.add_argument("--run", type=Path, required=True)
+    p.add_argument("--target", type=Path, required=True, help="RUN/target")
     p.add_argument("--data", required=True)
     p.add_argument("--count", type=int, default=40_000)
     p.add_argument("--batch", type=int, default=2048)
-    p.add_argument("--prompt", type=int, default=128)
-    p.add_argument("--response", type=int, default=256)
-    p.add_argument("--sampled", type=float, default=0.1)
+    p.add_argument("--prompt", type=int, nargs=2, default=(64, 192), help="tokens: from, to")
+    p.add_argument("--total", type=int, default=448, help="tokens of prompt and response")
+    p.add_argument("--sampled", type=float, default=0.05)
     p.add_argument("--temperature", type=float, default=0.8)
     p.add_argument("--seed", type=int, default=1)
     p.add_argument("--out", type=Path, required=True)
