@@ -33,6 +33,8 @@ class Batches:
         features: where their features come from.
         settings: batch, anchors, seed, and whether all batches have the same shape (compile).
         slots: K, draft slots of a block.
+        part: (r, N), where N processes share a batch of N times the size: the r-th part of it is
+            cut out here. What is drawn does not depend on N, but on the size of the whole.
     """
 
     def __init__(
@@ -41,8 +43,11 @@ class Batches:
         features: Features,
         settings: TrainSettings,
         slots: int,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
         self._features, self._settings, self._slots = features, settings, slots
+        self._size = settings.batch * part[1]
+        self._own = slice(settings.batch * part[0], settings.batch * (part[0] + 1))
         self._lengths = [len(s.tokens) for s in sequences]
         self._offsets = [0]
         for length in self._lengths:
@@ -62,8 +67,8 @@ class Batches:
         return self._offsets[-1]
 
     def numbers(self, index: int) -> list[int]:
-        """Sequence numbers of batch `index`."""
-        size, total = self._settings.batch, len(self._lengths)
+        """Sequence numbers of batch `index`, of all processes together."""
+        size, total = self._size, len(self._lengths)
         picks = [divmod(n, total) for n in range(index * size, (index + 1) * size)]
         return [self._permutation(epoch)[place] for epoch, place in picks]
 
@@ -75,7 +80,7 @@ class Batches:
         return self._order[1]
 
     def batch(self, index: int) -> tuple[BlockBatch, int]:
-        """Batch `index`, from 0, and its context tokens.
+        """This process's part of batch `index`, from 0, and the context tokens of the whole batch.
 
         Blocks past a sequence's own count nothing.
         """
@@ -85,6 +90,8 @@ class Batches:
         width = max(self._lengths[n] for n in everything)
         digest = hashlib.sha256(f"{self._settings.seed}/anchors/{index}".encode()).digest()
         key = mx.random.key(int.from_bytes(digest[:8], "big"))
+        seen = sum(self._lengths[n] for n in numbers)
+        numbers = numbers[self._own]
         begins = mx.array([self._offsets[n] for n in numbers], dtype=mx.int32)[:, None]
         lengths = mx.array([self._lengths[n] for n in numbers], dtype=mx.int32)[:, None]
         counts = mx.array([self._counts[n] for n in numbers], dtype=mx.int32)[:, None]
@@ -94,7 +101,9 @@ class Batches:
         tokens = mx.where(place < lengths, self._tokens[where], 0)
         runs = mx.where(place < lengths, self._runs[where], 0)
 
-        drawn = mx.where(runs > 0, mx.random.uniform(shape=runs.shape, key=key), 2.0)
+        # Of the whole batch, so that a process draws what one process alone would.
+        draws = mx.random.uniform(shape=(self._size, runs.shape[1]), key=key)[self._own]
+        drawn = mx.where(runs > 0, draws, 2.0)
         anchors = mx.argsort(drawn, axis=1)[:, :blocks].astype(mx.int32)
         counted = mx.arange(blocks) < counts
         anchors = mx.sort(mx.where(counted, anchors, width), axis=1)
@@ -112,7 +121,7 @@ class Batches:
             valid=(mx.arange(self._slots) < reach[..., None]).astype(mx.float32),
             teacher=None if logits is None else _teacher(logits, anchors, self._slots),
         )
-        return batch, sum(self._lengths[n] for n in numbers)
+        return batch, seen
 
 
 def _flat(kind: str, rows: Any) -> mx.array:

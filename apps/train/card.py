@@ -13,9 +13,15 @@ __all__ = ["model_card"]
 
 
 def model_card(
-    target: str, config: dict[str, Any], settings: TrainSettings, corpus: Corpus, state: TrainState
+    target: str,
+    config: dict[str, Any],
+    settings: TrainSettings,
+    corpus: Corpus,
+    state: TrainState,
+    processes: int = 1,
 ) -> str:
     """README.md of the checkpoint: what it is for, what it saw, what was measured."""
+    together = f" x {processes} processes" if processes > 1 else ""
     inner = config.get("dflash_config") or {}
     block = config.get("block_size") or inner.get("block_size")
     seen = sum(len(d.tokens) for d in corpus.train)
@@ -41,7 +47,7 @@ def model_card(
         f"| held out | {len(corpus.held_out)} documents |",
         f"| data | {', '.join(sources)} |",
         f"| data fingerprint | `{corpus.fingerprint[:16]}` |",
-        f"| steps | {state.step}, {settings.batch} x {settings.accumulate} "
+        f"| steps | {state.step}, {settings.batch} x {settings.accumulate}{together} "
         f"sequences of at most {settings.context} tokens, {settings.anchors} anchors each |",
         f"| seen | {state.tokens} context tokens in {state.seconds:.0f} s |",
         f"| loss | {settings.loss}, weights {settings.weighting} |",
