@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ def model_card(
     together = f" x {processes} processes" if processes > 1 else ""
     inner = config.get("dflash_config") or {}
     block = config.get("block_size") or inner.get("block_size")
-    seen = sum(len(d.tokens) for d in corpus.train)
-    sources = sorted({_source(d.source) for d in corpus.train})
+    seen = sum(len(d) for d in corpus.train)
+    files = {re.split(", (?:line|row) ", d.source, maxsplit=1)[0] for d in corpus.train}
+    sources = sorted({f"`{Path(file).name}`" for file in files})  # no folder, no line
     sources = [*sources[:8], *([f"and {len(sources) - 8} more"] if len(sources) > 8 else [])]
     lines = [
         "# DFlash drafter",
@@ -76,8 +78,3 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
-
-
-def _source(source: str) -> str:
-    """The name of the file that a document was read from: no folder, no line."""
-    return f"`{Path(source.split(', line ', maxsplit=1)[0]).name}`"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from .card import model_card
 from .checkpoint import RunFolder, TrainState
 from .data import Corpus, pack, read_corpus
 from .design import DrafterDesign, design_drafter, load_init, read_config, trainable
+from .document import repr_digest
 from .evaluate import measure
 from .features import FeatureCache, FeatureError, OnlineFeatures
 from .group import Group, Signals
@@ -221,7 +221,7 @@ class Trainer:
 
     def _features(self, fingerprint: str) -> Features:
         with_logits = self.settings.loss == "kl"
-        width = max(len(s.tokens) for s in self.sequences) if self.settings.compile else 0
+        width = max(len(s) for s in self.sequences) if self.settings.compile else 0
         if self.request.cache is None:
             return OnlineFeatures(self.target, self.sequences, with_logits=with_logits, width=width)
         if with_logits:
@@ -230,16 +230,15 @@ class Trainer:
                 "leave the cache out, or use cross-entropy",
             )
         sample = self.target.embed(mx.array([[0]]))
-        data = hashlib.sha256(repr([s.tokens for s in self.sequences]).encode()).hexdigest()
         key = {
             "target": fingerprint,
             "taps": list(self.config.tap_layers),
-            "data": data,
+            "data": repr_digest(self.sequences),
             "dtype": str(sample.dtype).removeprefix("mlx.core."),
             "width": len(self.config.tap_layers) * self.target.info.hidden_size,
             "itemsize": sample.dtype.size,
         }
-        lengths = [len(s.tokens) for s in self.sequences]
+        lengths = [len(s) for s in self.sequences]
         cache = FeatureCache(self.request.cache, key, lengths, width=width)
         online = OnlineFeatures(self.target, self.sequences)
         cache.build(online, self.request.cache_bytes, self._tell_features)
