@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from draftloom.errors import UsageError
+from draftloom.errors import DraftloomError, UsageError
 
 from .options import DtypeOption, TargetOption
 from .output import fallback_on_stderr, say_note
@@ -19,6 +19,7 @@ from .state import state_of
 from .train_screen import Screen
 
 if TYPE_CHECKING:
+    from draftloom.apps.train.group import Group
     from draftloom.apps.train.responses import ResponseSettings
 
 __all__ = ["parse_bytes", "train_app"]
@@ -135,7 +136,10 @@ def drafter(
         ),
     ] = None,
     batch: Annotated[
-        int, typer.Option(metavar="N", help="Sequences at once.", rich_help_panel=TRAINING)
+        int,
+        typer.Option(
+            metavar="N", help="Sequences at once, of each process.", rich_help_panel=TRAINING
+        ),
     ] = 8,
     accumulate: Annotated[
         int, typer.Option(metavar="N", help="Batches of an update.", rich_help_panel=TRAINING)
@@ -298,7 +302,8 @@ def drafter(
 ) -> None:
     """Train a DFlash drafter. `draftloom generate --drafter OUT` takes it at once.
 
-    Ctrl-C saves; the same command with --resume goes on.
+    Ctrl-C saves; the same command with --resume goes on. Started by `mlx.launch -n N`, N processes
+    train one drafter, a device each, with N times --batch.
     """
     tap_layers, budget = parse_taps(taps), parse_bytes(features_budget)
     from draftloom.apps.train.design import DrafterDesign
@@ -372,26 +377,44 @@ def _checkpoint(plugins: Any, reference: str) -> Path:
 
 
 def _run(request: Any, plugins: Any) -> None:
+    from draftloom.apps.train.group import Group
+
+    group = Group.join()
+    try:
+        _train_with(request, plugins, group)
+    except DraftloomError as error:
+        error.message = group.say(error.message)
+        raise
+
+
+def _train_with(request: Any, plugins: Any, group: Group) -> None:
+    """Train, and say how it went: process 0 alone, where there are several."""
     from draftloom.apps.train.loop import Trainer
 
-    with fallback_on_stderr(), Screen() as screen:
+    with fallback_on_stderr(), Screen() if group.leads else nullcontext() as screen:
+        show = (lambda record: None) if screen is None else screen.show
         try:
-            trainer = Trainer(request, plugins, screen.show)
+            trainer = Trainer(request, plugins, show, group)
         except KeyboardInterrupt:
-            say_note("stopped; whole shards of features and responses are kept for the next time")
+            if group.leads:
+                say_note(
+                    "stopped; whole shards of features and responses are kept for the next time"
+                )
             raise typer.Exit(130) from None
         try:
-            with _interruptions() as pressed:
+            with _interruptions(group.leads) as pressed:
                 finished = trainer.run(lambda: bool(pressed))
         finally:
             trainer.close()
     if not finished:
-        say_note(
-            f"stopped after step {trainer.state.step}, saved in {request.out}; the same command "
-            "with --resume goes on"
-        )
+        if group.leads:
+            say_note(
+                f"stopped after step {trainer.state.step}, saved in {request.out}; the same "
+                "command with --resume goes on"
+            )
         raise typer.Exit(130)
-    typer.echo(str(request.out))
+    if group.leads:
+        typer.echo(str(request.out))
 
 
 def _on_gpu() -> bool:
@@ -401,7 +424,7 @@ def _on_gpu() -> bool:
 
 
 @contextmanager
-def _interruptions() -> Iterator[list[int]]:
+def _interruptions(speak: bool) -> Iterator[list[int]]:
     """The first Ctrl-C (or a request to terminate) is noted, and the step is finished; the second
     one interrupts."""
     pressed: list[int] = []
@@ -410,7 +433,8 @@ def _interruptions() -> Iterator[list[int]]:
         if pressed:
             raise KeyboardInterrupt
         pressed.append(number)
-        say_note("finishing the step, then saving (Ctrl-C again stops at once)")
+        if speak:
+            say_note("finishing the step, then saving (Ctrl-C again stops at once)")
 
     try:
         before = {n: signal.signal(n, press) for n in (signal.SIGINT, signal.SIGTERM)}

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import random
-from array import array
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
-from .data import Packed
+from .document import Packed
 from .settings import TrainSettings
 from .step import BlockBatch
 
 __all__ = ["Batches", "Features"]
+
+_AT_ONCE = 4096
 
 Features = Callable[[Sequence[int]], tuple[mx.array, mx.array | None]]
 """Sequence numbers -> features [R, S, F], padded to the longest, and logits [R, S, V] or None."""
@@ -33,6 +34,8 @@ class Batches:
         features: where their features come from.
         settings: batch, anchors, seed, and whether all batches have the same shape (compile).
         slots: K, draft slots of a block.
+        part: (r, N), where N processes share a batch of N times the size: the r-th part of it is
+            cut out here. What is drawn does not depend on N, but on the size of the whole.
     """
 
     def __init__(
@@ -41,19 +44,25 @@ class Batches:
         features: Features,
         settings: TrainSettings,
         slots: int,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
         self._features, self._settings, self._slots = features, settings, slots
-        self._lengths = [len(s.tokens) for s in sequences]
+        self._size = settings.batch * part[1]
+        self._own = slice(settings.batch * part[0], settings.batch * (part[0] + 1))
+        self._lengths = [len(s) for s in sequences]
         self._offsets = [0]
         for length in self._lengths:
             self._offsets.append(self._offsets[-1] + length)
-        self._tokens = _flat("i", (s.tokens for s in sequences))
-        self._runs = _runs(sequences, self._offsets, slots)
-        begins = mx.array(self._offsets[:-1], dtype=mx.int32)
-        able = mx.cumsum((self._runs > 0).astype(mx.int32))
-        ends = able[begins + mx.array(self._lengths, dtype=mx.int32) - 1]
-        counts: Any = (ends - mx.where(begins > 0, able[mx.maximum(begins, 1) - 1], 0)).tolist()
-        self._counts: list[int] = counts
+        self._tokens = mx.array(np.concatenate([s.ids for s in sequences]))
+        self._counts: list[int] = []
+        runs = np.empty(self._offsets[-1], dtype=np.uint8 if slots < 256 else np.int32)
+        for begin in range(0, len(sequences), _AT_ONCE):  # little is copied at once
+            offsets = self._offsets[begin : begin + _AT_ONCE + 1]
+            of_these, counts = _runs(sequences[begin : begin + _AT_ONCE], slots)
+            runs[offsets[0] : offsets[-1]] = of_these
+            self._counts += counts
+        self._runs = mx.array(runs)
+        self._most, self._longest = max(self._counts), max(self._lengths)
         self._order: tuple[int, list[int]] = (-1, [])
 
     @property
@@ -62,8 +71,8 @@ class Batches:
         return self._offsets[-1]
 
     def numbers(self, index: int) -> list[int]:
-        """Sequence numbers of batch `index`."""
-        size, total = self._settings.batch, len(self._lengths)
+        """Sequence numbers of batch `index`, of all processes together."""
+        size, total = self._size, len(self._lengths)
         picks = [divmod(n, total) for n in range(index * size, (index + 1) * size)]
         return [self._permutation(epoch)[place] for epoch, place in picks]
 
@@ -75,16 +84,20 @@ class Batches:
         return self._order[1]
 
     def batch(self, index: int) -> tuple[BlockBatch, int]:
-        """Batch `index`, from 0, and its context tokens.
+        """This process's part of batch `index`, from 0, and the context tokens of the whole batch.
 
         Blocks past a sequence's own count nothing.
         """
         numbers = self.numbers(index)
-        everything = range(len(self._lengths)) if self._settings.compile else numbers
-        blocks = min(self._settings.anchors, max(self._counts[n] for n in everything))
-        width = max(self._lengths[n] for n in everything)
+        most, width = self._most, self._longest
+        if not self._settings.compile:
+            most = max(self._counts[n] for n in numbers)
+            width = max(self._lengths[n] for n in numbers)
+        blocks = min(self._settings.anchors, most)
         digest = hashlib.sha256(f"{self._settings.seed}/anchors/{index}".encode()).digest()
         key = mx.random.key(int.from_bytes(digest[:8], "big"))
+        seen = sum(self._lengths[n] for n in numbers)
+        numbers = numbers[self._own]
         begins = mx.array([self._offsets[n] for n in numbers], dtype=mx.int32)[:, None]
         lengths = mx.array([self._lengths[n] for n in numbers], dtype=mx.int32)[:, None]
         counts = mx.array([self._counts[n] for n in numbers], dtype=mx.int32)[:, None]
@@ -92,9 +105,11 @@ class Batches:
         place = mx.arange(width + self._slots)
         where = mx.minimum(begins + place, self.tokens - 1)
         tokens = mx.where(place < lengths, self._tokens[where], 0)
-        runs = mx.where(place < lengths, self._runs[where], 0)
+        runs = mx.where(place < lengths, self._runs[where].astype(mx.int32), 0)
 
-        drawn = mx.where(runs > 0, mx.random.uniform(shape=runs.shape, key=key), 2.0)
+        # Of the whole batch, so that a process draws what one process alone would.
+        draws = mx.random.uniform(shape=(self._size, runs.shape[1]), key=key)[self._own]
+        drawn = mx.where(runs > 0, draws, 2.0)
         anchors = mx.argsort(drawn, axis=1)[:, :blocks].astype(mx.int32)
         counted = mx.arange(blocks) < counts
         anchors = mx.sort(mx.where(counted, anchors, width), axis=1)
@@ -112,40 +127,34 @@ class Batches:
             valid=(mx.arange(self._slots) < reach[..., None]).astype(mx.float32),
             teacher=None if logits is None else _teacher(logits, anchors, self._slots),
         )
-        return batch, sum(self._lengths[n] for n in numbers)
+        return batch, seen
 
 
-def _flat(kind: str, rows: Any) -> mx.array:
-    """All values of all rows, one after another."""
-    flat = array(kind)
-    for row in rows:
-        flat.extend(array(kind, row))
-    buffer: Any = memoryview(flat)
-    return mx.array(buffer)
-
-
-def _runs(sequences: Sequence[Packed], offsets: Sequence[int], slots: int) -> mx.array:
+def _runs(sequences: Sequence[Packed], slots: int) -> tuple[np.ndarray, list[int]]:
     """[tokens] int32: how many of the next K tokens a block that begins here learns; 0 where none
-    can begin.
+    can begin. And how many blocks can begin in each sequence.
 
     A block begins at a trained token with another before it. It learns up to the first token that
     is not trained on, or of another document, or past the end.
     """
-    trained = _flat("b", (s.trained for s in sequences)).astype(mx.bool_)
-    segments = _flat("i", (s.segments for s in sequences))
-    total = trained.shape[0]
-    marks = bytearray(total)
-    for begin in offsets[:-1]:
-        marks[begin] = 1
-    first = _flat("b", [marks]).astype(mx.bool_)
-    changed = mx.concatenate([mx.array([True]), segments[1:] != segments[:-1]])
-    stop = mx.where(changed | first | ~trained, mx.arange(total), total)
-    following = mx.concatenate([stop[1:], mx.array([total])])
-    next_stop = mx.cummin(following, reverse=True)
-    runs = mx.minimum(next_stop - mx.arange(total) - 1, slots)
-    runs = mx.where(trained & ~first, runs, 0).astype(mx.int32)
-    mx.eval(runs)
-    return runs
+    trained = np.concatenate([s.mask for s in sequences])
+    segments = np.concatenate([s.numbers for s in sequences])
+    total = len(trained)
+    begins = np.cumsum([0, *(len(s) for s in sequences[:-1])])
+    stops = ~trained
+    stops[1:] |= segments[1:] != segments[:-1]
+    stops[begins] = True
+    # The next stop after each token, from the end on.
+    places = np.arange(total, dtype=np.int32)
+    following = np.full(total, total, dtype=np.int32)
+    np.copyto(following[:-1], places[1:], where=stops[1:])
+    backwards = following[::-1]
+    np.minimum.accumulate(backwards, out=backwards)
+    runs = np.minimum(following - places - 1, slots)
+    trained[begins] = False
+    runs *= trained
+    counts: list[int] = np.add.reduceat(runs > 0, begins, dtype=np.int32).tolist()
+    return runs, counts
 
 
 def _teacher(logits: mx.array, anchors: mx.array, slots: int) -> mx.array:

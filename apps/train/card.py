@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,20 @@ __all__ = ["model_card"]
 
 
 def model_card(
-    target: str, config: dict[str, Any], settings: TrainSettings, corpus: Corpus, state: TrainState
+    target: str,
+    config: dict[str, Any],
+    settings: TrainSettings,
+    corpus: Corpus,
+    state: TrainState,
+    processes: int = 1,
 ) -> str:
     """README.md of the checkpoint: what it is for, what it saw, what was measured."""
+    together = f" x {processes} processes" if processes > 1 else ""
     inner = config.get("dflash_config") or {}
     block = config.get("block_size") or inner.get("block_size")
-    seen = sum(len(d.tokens) for d in corpus.train)
-    sources = sorted({_source(d.source) for d in corpus.train})
+    seen = sum(len(d) for d in corpus.train)
+    files = {re.split(", (?:line|row) ", d.source, maxsplit=1)[0] for d in corpus.train}
+    sources = sorted({f"`{Path(file).name}`" for file in files})  # no folder, no line
     sources = [*sources[:8], *([f"and {len(sources) - 8} more"] if len(sources) > 8 else [])]
     lines = [
         "# DFlash drafter",
@@ -41,7 +49,7 @@ def model_card(
         f"| held out | {len(corpus.held_out)} documents |",
         f"| data | {', '.join(sources)} |",
         f"| data fingerprint | `{corpus.fingerprint[:16]}` |",
-        f"| steps | {state.step}, {settings.batch} x {settings.accumulate} "
+        f"| steps | {state.step}, {settings.batch} x {settings.accumulate}{together} "
         f"sequences of at most {settings.context} tokens, {settings.anchors} anchors each |",
         f"| seen | {state.tokens} context tokens in {state.seconds:.0f} s |",
         f"| loss | {settings.loss}, weights {settings.weighting} |",
@@ -70,8 +78,3 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
-
-
-def _source(source: str) -> str:
-    """The name of the file that a document was read from: no folder, no line."""
-    return f"`{Path(source.split(', line ', maxsplit=1)[0]).name}`"

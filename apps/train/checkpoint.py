@@ -55,11 +55,12 @@ class RunFolder:
     Args:
         out: the folder.
         shaping: what the losses depend on; a run is resumed with the same only.
+        writes: whether this process writes; else it reads the state, and nothing else happens.
     """
 
-    def __init__(self, out: Path, shaping: dict[str, Any]) -> None:
-        self.out = out
-        self._shaping = json.loads(json.dumps(shaping))
+    def __init__(self, out: Path, shaping: dict[str, Any], writes: bool = True) -> None:
+        self.out, self._writes = out, writes
+        self._shaping = {"processes": 1, **json.loads(json.dumps(shaping))}
         self.state_file = out / "training" / "state.safetensors"
         self.log_file = out / "training" / "log.jsonl"
 
@@ -91,10 +92,12 @@ class RunFolder:
         """
         self.check(resume)
         if not resume:
-            self._make()
+            if self._writes:
+                self._make()
             return None
         state = self._read()
-        self._cut_log(state.step)
+        if self._writes:
+            self._cut_log(state.step)
         return state
 
     def _make(self) -> None:
@@ -117,7 +120,7 @@ class RunFolder:
                 f"{self.state_file} cannot be read: {' '.join(str(error).split())[:200]}",
                 "start again with another --out",
             ) from error
-        theirs = facts["shaping"]
+        theirs = {"processes": 1, **facts["shaping"]}
         names = {*theirs, *self._shaping}
         other = sorted(n for n in names if theirs.get(n) != self._shaping.get(n))
         if other:
@@ -147,6 +150,8 @@ class RunFolder:
         Raises:
             DraftloomError: the disk refuses; what was there before is whole.
         """
+        if not self._writes:
+            return
         arrays: dict[str, mx.array] = {}
         for prefix, tree in (("parameters.", state.parameters), ("optimizer.", state.optimizer)):
             flat: Any = tree_flatten(tree)
@@ -198,6 +203,8 @@ class RunFolder:
 
     def keep_held_out(self, documents: Sequence[Document]) -> None:
         """Write what is held out, in a form that `--data` reads."""
+        if not self._writes:
+            return
         lines = (
             json.dumps({"tokens": d.tokens, "prompt_tokens": d.prompt}) + "\n" for d in documents
         )
@@ -213,6 +220,8 @@ class RunFolder:
         Raises:
             DraftloomError: the disk refuses; what was saved before is whole.
         """
+        if not self._writes:
+            return
         try:
             with self.log_file.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(record) + "\n")

@@ -8,74 +8,30 @@ Three kinds of file. JSON lines (.jsonl), every line one of
 - ``{"tokens": [...], "prompt_tokens": n}``: token ids; what follows the first n is trained on;
 - ``{"prompt_ids": [...], "response_ids": [...]}``: token ids; the response is trained on.
 
-Any other file is plain text, all of it trained on; of a folder, every UTF-8 file in it.
+A file in safetensors holds token ids as arrays (`token_ids.token_rows`). Any other file is plain
+text, all of it trained on; of a folder, every UTF-8 file in it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import attrs
+import numpy as np
 
 from draftloom.errors import UsageError
+
+from .document import Document, Packed
+from .token_ids import plain_line, token_rows
 
 __all__ = ["Corpus", "Document", "Packed", "pack", "read_corpus"]
 
 LARGEST_SOURCE = 4 * 2**20
 """Bytes of a file of a folder; longer ones are data, not text."""
-
-
-@attrs.frozen
-class Document:
-    """A text to train on.
-
-    Attributes:
-        tokens: ids.
-        trained: whether each token is one that the drafter learns to predict.
-        prompt: tokens before the (last) response; 0 where all of it is text.
-        source: file, and line where it has lines.
-    """
-
-    tokens: tuple[int, ...] = attrs.field(repr=False)
-    trained: tuple[bool, ...] = attrs.field(repr=False)
-    prompt: int
-    source: str
-
-    @property
-    def digest(self) -> str:
-        """sha256 of tokens and mask: equal documents are one."""
-        body = array("q", self.tokens).tobytes() + bytes(self.trained)
-        return hashlib.sha256(body).hexdigest()
-
-
-@attrs.frozen
-class Packed:
-    """A sequence as it is run.
-
-    Attributes:
-        tokens: at most the context.
-        trained: as of `Document`.
-        segments: number of the document that each token is of, within the sequence.
-    """
-
-    tokens: tuple[int, ...] = attrs.field(repr=False)
-    trained: tuple[bool, ...] = attrs.field(repr=False)
-    segments: tuple[int, ...] = attrs.field(repr=False)
-
-    @property
-    def usable(self) -> bool:
-        """Whether a block can begin anywhere: at a token that is trained on, that has one before
-        it, and one after it that is trained on and of the same document."""
-        trained, segments = self.trained, self.segments
-        return any(
-            trained[p] and trained[p + 1] and segments[p] == segments[p + 1]
-            for p in range(1, len(self.tokens) - 1)
-        )
 
 
 @attrs.frozen
@@ -110,18 +66,10 @@ def read_corpus(
         UsageError: a file or line that cannot be used (names it), an id outside the vocabulary,
             no document, or too few to keep one apart.
     """
-    reader = _Reader(tokenizer)
+    reader = _Reader(tokenizer, vocab_size)
     unique: dict[str, Document] = {}
     count = 0
     for document in (d for file in files for d in reader.file(Path(file))):
-        ends = (min(document.tokens, default=0), max(document.tokens, default=0))
-        if ends[0] < 0 or ends[1] >= vocab_size:
-            outside = next(t for t in document.tokens if not 0 <= t < vocab_size)
-            raise UsageError(
-                f"{document.source}: token id {outside} is outside the target's vocabulary of "
-                f"{vocab_size}",
-                "was it tokenized for another model?",
-            )
         count += 1
         unique.setdefault(document.digest, document)
     if not unique:
@@ -146,8 +94,8 @@ def read_corpus(
 class _Reader:
     """Turns files into documents."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, vocab_size: int) -> None:
+        self._tokenizer, self._vocab_size = tokenizer, vocab_size
 
     def file(self, path: Path) -> Iterator[Document]:
         """The documents of a file, or of every text file of a folder."""
@@ -160,23 +108,37 @@ class _Reader:
                     text = inner.read_text(encoding="utf-8")
                 except UnicodeDecodeError:  # a picture, an archive: a folder may hold others
                     continue
-                yield from self._any(inner, text)
+                if inner.suffix == ".jsonl":
+                    yield from self._lines(inner, text.encode().splitlines())
+                else:
+                    yield from self._whole_text(inner, text)
+            return
+        if path.suffix == ".safetensors":
+            for ids, prompt, source in token_rows(path):
+                yield self._response(ids, prompt, source)
             return
         try:
-            text = path.read_text(encoding="utf-8")
+            if path.suffix == ".jsonl":
+                with path.open("rb", buffering=2**22) as lines:
+                    yield from self._lines(path, lines)
+            else:
+                yield from self._whole_text(path, path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UsageError(
                 f"data file {path} cannot be read: {reason}", "give UTF-8 text or JSON lines"
             ) from error
-        yield from self._any(path, text)
 
-    def _any(self, path: Path, text: str) -> Iterator[Document]:
-        if path.suffix == ".jsonl":
-            for number, line in enumerate(text.splitlines(), 1):
-                if line.strip():
-                    yield self._line(line, f"{path}, line {number}")
-        elif text.strip():
+    def _lines(self, path: Path, lines: Iterable[bytes]) -> Iterator[Document]:
+        for number, line in enumerate(lines, 1):
+            plain = plain_line(line)
+            if plain is not None and self._fits(plain[0]):  # else JSON says what they were
+                yield self._made(*plain, f"{path}, line {number}")
+            elif line.strip():
+                yield self._line(line.decode("utf-8"), f"{path}, line {number}")
+
+    def _whole_text(self, path: Path, text: str) -> Iterator[Document]:
+        if text.strip():
             yield self._text(text, str(path))
 
     def _line(self, line: str, source: str) -> Document:
@@ -215,19 +177,19 @@ class _Reader:
 
     def _text(self, text: Any, source: str) -> Document:
         ids = self._encode(text, source)
-        return Document(tuple(ids), (True,) * len(ids), 0, source)
+        return self._response(ids, 0, source)
 
     def _tokens(self, record: Any, source: str) -> Document:
         ids, prompt = tuple(record["tokens"]), record.get("prompt_tokens", 0)
         _whole(ids, source)
         if not isinstance(prompt, int) or not 0 <= prompt <= len(ids):
             raise UsageError(f"{source}: prompt_tokens is no number from 0 to {len(ids)}")
-        return _response(ids[:prompt], ids[prompt:], source)
+        return self._response(ids, prompt, source)
 
     def _ids(self, record: Any, source: str) -> Document:
         prompt, answer = tuple(record["prompt_ids"]), tuple(record["response_ids"])
         _whole((*prompt, *answer), source)
-        return _response(prompt, answer, source)
+        return self._response((*prompt, *answer), len(prompt), source)
 
     def _eos(self) -> list[int]:
         eos = getattr(self._tokenizer, "eos_token_id", None)
@@ -241,7 +203,7 @@ class _Reader:
             )
         prompt = self._encode(record["prompt"], source)
         answer = self._encode(response, source, special=False)
-        return _response(prompt, [*answer, *self._eos()], source)
+        return self._response([*prompt, *answer, *self._eos()], len(prompt), source)
 
     def _chat(self, record: Any, source: str) -> Document:
         """The chat up to its last assistant turn, through the template."""
@@ -265,19 +227,44 @@ class _Reader:
                 trained[len(before) : len(after)] = [True] * (len(after) - len(before))
             elif turn == last:
                 answer = self._encode(messages[last]["content"], source, special=False)
-                return _response(before, [*answer, *self._eos()], source)
+                return self._response([*before, *answer, *self._eos()], len(before), source)
         prompt = tokenizer.apply_chat_template(messages[:last], add_generation_prompt=True)
-        return Document(tuple(full), tuple(trained), len(prompt), source)
+        return Document(self._inside(full, source), trained, len(prompt), source)
+
+    def _response(self, ids: Any, prompt: int, source: str) -> Document:
+        """A document that is trained on after its first `prompt` tokens."""
+        return self._made(self._inside(ids, source), prompt, source)
+
+    @staticmethod
+    def _made(ids: np.ndarray, prompt: int, source: str) -> Document:
+        mask = np.ones(len(ids), dtype=np.bool_)
+        mask[:prompt] = False
+        return Document(ids, mask, prompt, source)
+
+    def _fits(self, ids: np.ndarray) -> bool:
+        # As numbers without a sign, negative ones are large.
+        return not ids.size or bool(ids.view(np.uint64).max() < self._vocab_size)
+
+    def _inside(self, ids: Any, source: str) -> np.ndarray:
+        """[T] int32; all within the vocabulary."""
+        try:
+            found = np.asarray(ids, dtype=np.int64)
+            inside = self._fits(found)
+        except OverflowError:
+            inside = False
+        if not inside:
+            outside = next(t for t in ids if not 0 <= t < self._vocab_size)
+            raise UsageError(
+                f"{source}: token id {outside} is outside the target's vocabulary of "
+                f"{self._vocab_size}",
+                "was it tokenized for another model?",
+            )
+        return found.astype(np.int32)
 
 
 def _whole(ids: tuple[Any, ...], source: str) -> None:
     if not set(map(type, ids)) <= {int}:
         raise UsageError(f"{source}: tokens are whole numbers")
-
-
-def _response(prompt: Sequence[int], answer: Sequence[int], source: str) -> Document:
-    trained = (False,) * len(prompt) + (True,) * len(answer)
-    return Document((*prompt, *answer), trained, len(prompt), source)
 
 
 def pack(documents: Sequence[Document], context: int, separator: int | None) -> tuple[Packed, ...]:
@@ -290,22 +277,18 @@ def pack(documents: Sequence[Document], context: int, separator: int | None) -> 
     Raises:
         UsageError: no sequence has two trained tokens in a row after another token.
     """
-    packed = [
-        Packed(d.tokens[:context], d.trained[:context], (0,) * min(context, len(d.tokens)))
-        for d in documents
-        if d.prompt
-    ]
-    tokens: list[int] = []
-    trained: list[bool] = []
-    numbers: list[int] = []
-    end = [] if separator is None else [separator]
-    for number, document in enumerate(d for d in documents if not d.prompt):
-        tokens += [*document.tokens, *end]
-        trained += [*document.trained, *[True] * len(end)]
-        numbers += [number] * (len(document.tokens) + len(end))
-    for begin in range(0, len(tokens), context):
-        part = slice(begin, begin + context)
-        packed.append(Packed(tuple(tokens[part]), tuple(trained[part]), tuple(numbers[part])))
+    packed = [Packed.of(d, context) for d in documents if d.prompt]
+    texts = [d for d in documents if not d.prompt]
+    if texts:
+        end = np.array([] if separator is None else [separator], dtype=np.int32)
+        tokens = np.concatenate([part for d in texts for part in (d.ids, end)])
+        learned = np.ones(len(end), dtype=np.bool_)
+        trained = np.concatenate([part for d in texts for part in (d.mask, learned)])
+        sizes = [len(d) + len(end) for d in texts]
+        numbers = np.repeat(np.arange(len(texts), dtype=np.int32), sizes)
+        for begin in range(0, len(tokens), context):
+            part = slice(begin, begin + context)
+            packed.append(Packed(tokens[part], trained[part], numbers[part]))
     usable = tuple(p for p in packed if p.usable)
     if not usable:
         raise UsageError(

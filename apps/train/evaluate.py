@@ -43,7 +43,7 @@ class Measured:
 def prompt_of(document: Document, limit: int) -> tuple[int, ...]:
     """What the decoder is given: the prompt, or the first half of a text; `limit` tokens at most,
     the last ones."""
-    size = document.prompt or max(1, len(document.tokens) // 2)
+    size = document.prompt or max(1, len(document) // 2)
     return document.tokens[:size][-limit:]
 
 

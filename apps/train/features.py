@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from draftloom.contracts import TargetAdapter
 from draftloom.errors import DraftloomError, UsageError
 
-from .data import Packed
+from .document import Packed
 
 __all__ = ["FeatureCache", "FeatureError", "OnlineFeatures", "human"]
 
@@ -67,10 +68,10 @@ class OnlineFeatures:
         Raises:
             UsageError: the target has no taps.
         """
-        rows = [self._sequences[n].tokens for n in numbers]
+        rows = [self._sequences[n].ids for n in numbers]
         longest = max(self._width, *map(len, rows))
         # Rows past a sequence's end come after all that is seen: what they hold is of no matter.
-        padded = mx.array([[*row, *[0] * (longest - len(row))] for row in rows], dtype=mx.int32)
+        padded = mx.array(np.stack([np.pad(row, (0, longest - len(row))) for row in rows]))
         output = self._target.forward(padded, self._target.make_cache())
         if output.features is None:
             raise UsageError("the target gives no hidden states", "its adapter has no taps")

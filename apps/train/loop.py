@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable
@@ -22,8 +21,10 @@ from .card import model_card
 from .checkpoint import RunFolder, TrainState
 from .data import Corpus, pack, read_corpus
 from .design import DrafterDesign, design_drafter, load_init, read_config, trainable
+from .document import repr_digest
 from .evaluate import measure
 from .features import FeatureCache, FeatureError, OnlineFeatures
+from .group import Group, Signals
 from .responses import Responses, ResponseSettings, prompts_of
 from .settings import TrainSettings
 from .step import BlockBatch, DrafterLoss
@@ -75,10 +76,13 @@ class Trainer:
     Args:
         request: what is asked for.
         plugins: for the target and for measuring.
-        on_record: told every record of the log, as it is written, and of features being kept.
+        on_record: told every record of the log, as it is written, and of features being kept; in
+            a group, by process 0 only.
+        group: the processes that train together; by default the one that the environment tells of.
 
     Raises:
-        UsageError: settings, data or folders that cannot be used.
+        UsageError: settings, data or folders that cannot be used, or processes that do not come
+            together or do not begin alike.
         ModelError: a target or checkpoint that cannot be loaded.
         FeatureError: the feature cache does not fit, or holds something else.
     """
@@ -88,18 +92,49 @@ class Trainer:
         request: TrainRequest,
         plugins: PluginManager,
         on_record: Callable[[dict[str, Any]], None] = lambda record: None,
+        group: Group | None = None,
     ) -> None:
+        self.group = Group.join() if group is None else group
         self.request, self.settings, self._plugins = request, request.settings, plugins
         self._on_record = on_record
-        self.settings.check(request.design.block_size or 2)
-        self.target = FrozenTarget(request.target, plugins, request.dtype)
         try:
-            self._prepare()
+            begun = self._load()
+        except BaseException:
+            self.group.agree(None)
+            raise
+        try:
+            self.group.agree(begun)
         except BaseException:
             self.target.close()
             raise
 
-    def _prepare(self) -> None:
+    def _load(self) -> tuple[Any, Any]:
+        self.settings.check(self.request.design.block_size or 2)
+        self._check_group()
+        self.target = FrozenTarget(self.request.target, self._plugins, self.request.dtype)
+        try:
+            return self._prepare()
+        except BaseException:
+            self.target.close()
+            raise
+
+    def _check_group(self) -> None:
+        request = self.request
+        if self.group.size > 1 and (request.cache is not None or request.responses is not None):
+            what = "a feature cache" if request.responses is None else "responses of the target"
+            raise UsageError(
+                f"{what} cannot be made by {self.group.size} processes together",
+                "leave the cache out: features are computed as they are needed"
+                if request.responses is None
+                else "let one process write them first, and give its files as data",
+            )
+
+    def _prepare(self) -> tuple[Any, Any]:
+        """Load and check everything.
+
+        Returns:
+            What all processes must have alike: JSON data and parameters.
+        """
         request, target, settings = self.request, self.target, self.settings
         if not target.info.can_tap:
             raise UsageError(
@@ -136,8 +171,9 @@ class Trainer:
             "drafter": self.drafter,
             "cached": request.cache is not None,
             "responses": None if request.responses is None else attrs.asdict(request.responses),
+            "processes": self.group.size,
         }
-        self.folder = RunFolder(request.out, shaping)
+        self.folder = RunFolder(request.out, shaping, writes=self.group.leads)
         self.folder.check(request.resume)
         if request.responses is not None:
             self.corpus = self._let_target_write(request.responses, fingerprint)
@@ -153,7 +189,11 @@ class Trainer:
         # Before the folder is made: a cache that does not fit must leave nothing behind.
         features = self._features(fingerprint)
         self._batches = Batches(
-            self.sequences, features, settings, slots=self.config.block_size - 1
+            self.sequences,
+            features,
+            settings,
+            slots=self.config.block_size - 1,
+            part=(self.group.rank, self.group.size),
         )
         self.optimizer = make_optimizer(settings)
         self.state = self.folder.begin(request.resume) or TrainState(
@@ -166,6 +206,9 @@ class Trainer:
         self._launched: _Launched | None = None
         self._since = _Since()
         self._begun = False
+        self._heard = Signals(clock=self.state.seconds)
+        self._stopped: Callable[[], bool] = lambda: False
+        return [shaping, self.state.step, self.state.seconds], self.state.parameters
 
     def _let_target_write(self, settings: ResponseSettings, fingerprint: str) -> Corpus:
         """The corpus with the target's own responses to train on; what is held out stays."""
@@ -178,7 +221,7 @@ class Trainer:
 
     def _features(self, fingerprint: str) -> Features:
         with_logits = self.settings.loss == "kl"
-        width = max(len(s.tokens) for s in self.sequences) if self.settings.compile else 0
+        width = max(len(s) for s in self.sequences) if self.settings.compile else 0
         if self.request.cache is None:
             return OnlineFeatures(self.target, self.sequences, with_logits=with_logits, width=width)
         if with_logits:
@@ -187,16 +230,15 @@ class Trainer:
                 "leave the cache out, or use cross-entropy",
             )
         sample = self.target.embed(mx.array([[0]]))
-        data = hashlib.sha256(repr([s.tokens for s in self.sequences]).encode()).hexdigest()
         key = {
             "target": fingerprint,
             "taps": list(self.config.tap_layers),
-            "data": data,
+            "data": repr_digest(self.sequences),
             "dtype": str(sample.dtype).removeprefix("mlx.core."),
             "width": len(self.config.tap_layers) * self.target.info.hidden_size,
             "itemsize": sample.dtype.size,
         }
-        lengths = [len(s.tokens) for s in self.sequences]
+        lengths = [len(s) for s in self.sequences]
         cache = FeatureCache(self.request.cache, key, lengths, width=width)
         online = OnlineFeatures(self.target, self.sequences)
         cache.build(online, self.request.cache_bytes, self._tell_features)
@@ -214,8 +256,9 @@ class Trainer:
 
     @property
     def clock(self) -> float:
-        """Seconds trained. The first step of a process, which compiles, is not counted."""
-        return self.state.seconds
+        """Seconds trained. The first step of a process, which compiles, is not counted. In a group
+        what process 0 said of itself in the last step that was read: the same everywhere."""
+        return self.state.seconds if self.group.size == 1 else self._heard.clock
 
     @property
     def finished(self) -> bool:
@@ -225,13 +268,34 @@ class Trainer:
     def run(self, stopped: Callable[[], bool] = lambda: False) -> bool:
         """Train to the end, or until `stopped` says so after a step; what there is, is saved.
 
+        In a group, a step or two after any process's `stopped` said so; all of them return when
+        the last one has ended.
+
         Returns:
             Whether the end was reached.
 
         Raises:
-            DraftloomError: a loss that is not finite, or a disk that refuses. The last saved step
-                is whole.
+            DraftloomError: a loss that is not finite, a disk that refuses, or another process that
+                failed. The last saved step is whole.
         """
+        self._stopped = stopped
+        told = self.config.block_size
+        try:
+            finished = self._run()
+        except BaseException as error:
+            self.group.leave(self.state.parameters, told, failed=True)
+            if self.group.size > 1 and isinstance(error, RuntimeError):
+                raise DraftloomError(
+                    f"step {self.state.step + 1} failed, here or by the loss of another process: "
+                    f"{error}",
+                    f"{self.request.out} holds the last saved step: --resume goes on from there",
+                ) from error
+            raise
+        if not self.group.leave(self.state.parameters, told, failed=False):
+            raise _another_failed(self.request.out)
+        return finished
+
+    def _run(self) -> bool:
         settings, state = self.settings, self.state
         if state.step == 0 and not state.measured:
             self.folder.keep_held_out(self.corpus.held_out)
@@ -250,7 +314,7 @@ class Trainer:
             if finished:
                 self._settle()
                 self._log()
-            halted = not finished and stopped()
+            halted = not finished and self._is_stopped()
             if finished or _due(state.step, settings.eval_every):
                 self._save(measure_too=not halted)
             elif halted or _due(state.step, settings.save_every):
@@ -261,6 +325,9 @@ class Trainer:
             if halted:
                 return False
         return True
+
+    def _is_stopped(self) -> bool:
+        return self._stopped() if self.group.size == 1 else self._heard.stop
 
     def _step(self) -> None:
         """Launch a step, and read the numbers of the one before."""
@@ -275,14 +342,16 @@ class Trainer:
             gradients.append(gradient)
             losses.append(loss)
             shares.append(share)
-            tokens, blocks = tokens + count, blocks + batch.anchors.size
+            tokens, blocks = tokens + count, blocks + batch.anchors.size * self.group.size
             operations += self._operations(batch)
         rate = settings.rate(state.step, self.clock)
-        state.parameters, state.optimizer, norm = self._updates.apply(
-            state.parameters, state.optimizer, gradients, rate
+        gradient, loss, shares_now, signals = self._together(
+            self._updates.mean(gradients), mx.stack(losses).mean(), mx.stack(shares).mean(axis=0)
         )
-        numbers = mx.stack([mx.stack(losses).mean(), norm.astype(mx.float32)])
-        shares_now = mx.stack(shares).mean(axis=0)
+        state.parameters, state.optimizer, norm = self._updates.apply(
+            state.parameters, state.optimizer, gradient, rate
+        )
+        numbers = mx.stack([loss, norm.astype(mx.float32), *signals])
         mx.async_eval(numbers, shares_now, state.parameters, state.optimizer)
         state.step, state.tokens = state.step + 1, state.tokens + tokens
         before, self._launched = self._launched, None
@@ -299,10 +368,21 @@ class Trainer:
             if not (self.finished or _due(state.step, settings.log_every)):
                 self._since = _Since()
 
+    def _together(
+        self, gradient: Any, loss: mx.array, shares: mx.array
+    ) -> tuple[Any, mx.array, mx.array, list[mx.array]]:
+        """Gradient, loss and [K] shares of all processes, and what they signal."""
+        if self.group.size == 1:
+            return gradient, loss, shares, []
+        mine = Signals(clock=self.state.seconds, stop=self._stopped())
+        told = mx.concatenate([loss[None], shares]).astype(mx.float32)
+        gradient, told, signals = self.group.average(gradient, told, mine)
+        return gradient, told[0], told[1:], list(signals)
+
     def _operations(self, batch: BlockBatch) -> int:
         found = drafter_operations(self.config, batch)
         rows, context = batch.features.shape[:2]
-        return found + rows * context * self._of_target_token
+        return (found + rows * context * self._of_target_token) * self.group.size
 
     def _settle(self) -> None:
         """Wait for the step in flight."""
@@ -312,7 +392,11 @@ class Trainer:
 
     def _read(self, launched: _Launched) -> None:
         numbers: Any = launched.numbers.tolist()
-        loss, norm = numbers
+        loss, norm, *signals = numbers
+        if signals:
+            self._heard = self.group.heard(signals)
+            if self._heard.failed:
+                raise _another_failed(self.request.out)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise DraftloomError(
                 f"loss {loss} and gradient norm {norm} at step {launched.step} are not finite",
@@ -326,7 +410,7 @@ class Trainer:
         if launched is None:
             return
         numbers: Any = launched.numbers.tolist()
-        loss, norm = numbers
+        loss, norm, *_ = numbers
         progress = self.settings.progress(state.step, self.clock)
         seconds = max(since.seconds, 1e-9)
         self._record(
@@ -357,11 +441,14 @@ class Trainer:
         return max(0.0, min(ends))
 
     def _record(self, record: dict[str, Any]) -> None:
-        self.folder.log(record)
-        self._on_record(record)
+        if self.group.leads:
+            self.folder.log(record)
+            self._on_record(record)
 
     def _save(self, measure_too: bool = False) -> None:
         self._settle()
+        if not self.group.leads:
+            return
         # The window that a drafter of it takes unless told otherwise.
         config = {**self.drafter, "draftloom": {"context_length": self.settings.context}}
         self.folder.save(self.state, config, self._card())
@@ -372,7 +459,7 @@ class Trainer:
         """Tau of what was just saved; then saved again, so that the card tells."""
         settings, state = self.settings, self.state
         documents = self.corpus.held_out[: settings.eval_prompts]
-        if not documents:
+        if not documents or not self.group.leads:
             return
         self._settle()
         limit = settings.context - 1
@@ -393,17 +480,23 @@ class Trainer:
 
     def _card(self) -> str:
         name = self.request.target or self.target.info.name
-        return model_card(name, self.drafter, self.settings, self.corpus, self.state)
+        return model_card(
+            name, self.drafter, self.settings, self.corpus, self.state, self.group.size
+        )
 
     def close(self) -> None:
         """Put the target back as mlx-lm loaded it."""
         self.target.close()
 
 
+def _another_failed(out: Path) -> DraftloomError:
+    return DraftloomError("another process failed, and says why", f"{out} holds what was saved")
+
+
 @attrs.frozen(eq=False)
 class _Launched:
-    """A step on the device: its number, [loss, norm], shares of right slots, learning rate, and how
-    many tokens, blocks and operations it took."""
+    """A step on the device: its number, [loss, norm] and a group's signals, shares of right slots,
+    learning rate, and how many tokens, blocks and operations it took."""
 
     step: int
     numbers: mx.array

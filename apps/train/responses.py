@@ -94,12 +94,13 @@ def prompts_of(
     found: dict[tuple[int, ...], None] = {}
     for document in documents:
         if document.prompt:
-            found[document.tokens[: document.prompt][-room:]] = None
+            found[tuple(document.ids[: document.prompt][-room:].tolist())] = None
             continue
-        size = min(settings.prompt_tokens, room, max(1, len(document.tokens) // 2))
-        last = max(1, len(document.tokens) - size + 1)
+        tokens = document.tokens
+        size = min(settings.prompt_tokens, room, max(1, len(tokens) // 2))
+        last = max(1, len(tokens) - size + 1)
         for begin in range(0, last, size + settings.tokens):
-            found[document.tokens[begin : begin + size]] = None
+            found[tokens[begin : begin + size]] = None
     prompts = [prompt for prompt in found if prompt]
     random.Random(f"{settings.seed}/prompts").shuffle(prompts)
     return prompts[: settings.limit]

@@ -79,20 +79,24 @@ class Updates:
             parameters, {name: value for name, value in arrays.items() if value is not None}
         )
 
+    @staticmethod
+    def mean(gradients: list[Any]) -> Any:
+        """The mean of one or more gradients; lazy."""
+        if len(gradients) == 1:
+            return gradients[0]
+        return tree_map(lambda *parts: sum(parts[1:], parts[0]) / len(parts), *gradients)
+
     def apply(
-        self, parameters: Any, state: Any, gradients: list[Any], rate: float
+        self, parameters: Any, state: Any, gradient: Any, rate: float
     ) -> tuple[Any, Any, mx.array]:
         """New parameters, new optimizer state and the norm of the gradient; all lazy.
 
         Args:
             parameters: float32.
             state: of the optimizer.
-            gradients: one or more, whose mean is taken.
+            gradient: of this update.
             rate: learning rate.
         """
-        total = gradients[0]
-        if len(gradients) > 1:
-            total = tree_map(lambda *parts: sum(parts[1:], parts[0]) / len(parts), *gradients)
         return self._update(  # type: ignore[no-any-return]
-            parameters, state, total, mx.array(rate, dtype=mx.float32)
+            parameters, state, gradient, mx.array(rate, dtype=mx.float32)
         )

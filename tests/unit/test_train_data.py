@@ -1,5 +1,6 @@
 """Training data: reading, checking, splitting, packing, and the labels of blocks."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 
 from draftloom.apps.train.batches import Batches
 from draftloom.apps.train.data import Document, Packed, pack, read_corpus
+from draftloom.apps.train.document import repr_digest
 from draftloom.apps.train.settings import TrainSettings
 from draftloom.errors import UsageError
 
@@ -125,6 +127,14 @@ def test_split_is_by_document_and_repeats(tmp_path: Path) -> None:
         ('{"tokens": ["a"]}', "whole numbers"),
         ('{"tokens": [1], "prompt_tokens": 5}', "prompt_tokens"),
         ('{"tokens": 5}', "cannot be used"),
+        ('{"tokens": [1, 99999999999999999999]}', "token id 99999999999999999999 is outside"),
+        ('{"tokens": [1,, 2]}', "no JSON"),
+        ('{"tokens": [1, 02]}', "no JSON"),
+        ('{"tokens": [1 2]}', "no JSON"),
+        ('{"tokens": [1, 2 3,4]}', "no JSON"),
+        ('{"tokens": [1, 2,]}', "no JSON"),
+        ('{"tokens": [1.0, 2]}', "whole numbers"),
+        ('{"prompt_ids": [1], "response_ids": [2, 99]}', "token id 99 is outside"),
         ('{"prompt_ids": [1], "response_ids": [true]}', "whole numbers"),
         ('{"prompt_ids": [1]}', "cannot be used"),
         ('{"prompt": "a"}', "without a"),
@@ -138,6 +148,73 @@ def test_line_that_cannot_be_used_is_named(tmp_path: Path, line: str, words: str
     with pytest.raises(UsageError, match=r"x\.jsonl, line 2") as caught:
         read(tmp_path / "x.jsonl")
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("between", [",", ", ", " , ", ",\t"])
+@pytest.mark.parametrize("ids", [[], [0], [3, 0, 6], [0, 0, 1]], ids=str)
+def test_lines_are_read_as_json_however_they_are_written(
+    tmp_path: Path, ids: list[int], between: str
+) -> None:
+    written = f"[{between.join(map(str, ids))}]"
+    (tmp_path / "x.jsonl").write_text(
+        f'{{"prompt_ids": {written}, "response_ids": [1{between}2]}}\n\n'
+        f'{{"tokens":{written}}}\r\n {{ "tokens": [4{between}5], "prompt_tokens": 1 }}'
+    )
+    found = [(d.tokens, d.prompt) for d in read(tmp_path / "x.jsonl", tokenizer=False).train]
+    assert found == [((*ids, 1, 2), len(ids)), (tuple(ids), 0), ((4, 5), 1)]
+
+
+def test_fingerprint_is_that_of_earlier_versions(tmp_path: Path) -> None:
+    lines = [{"prompt_ids": [1, 2], "response_ids": [3, 4]}, {"tokens": [5, 6, 1]}]
+    corpus = read(write(tmp_path / "x.jsonl", *lines))
+    assert corpus.train[0].digest.startswith("03aa474e44a70e9f")
+    assert corpus.fingerprint.startswith("be9ba1344ec76eba")
+    packed = pack(corpus.train, 3, 0)
+    text = repr([p.tokens for p in packed])
+    assert repr_digest(packed) == hashlib.sha256(text.encode()).hexdigest()
+
+
+def save_rows(path: Path, **changes: Any) -> Path:
+    arrays = {
+        "tokens": mx.array([[1, 2, 3, 4], [5, 6, 0, 0]], dtype=mx.uint16),
+        "lengths": mx.array([4, 2]),
+        "prompts": mx.array([2, 0]),
+        **changes,
+    }
+    mx.save_safetensors(str(path), {k: v for k, v in arrays.items() if v is not None})
+    return path
+
+
+def test_rows_of_a_tensor_file_are_documents(tmp_path: Path) -> None:
+    file = save_rows(tmp_path / "x.safetensors")
+    lines = [{"tokens": [1, 2, 3, 4], "prompt_tokens": 2}, {"tokens": [5, 6]}]
+    rows, same = read(file), read(write(tmp_path / "x.jsonl", *lines))
+    assert [d.tokens for d in rows.train] == [(1, 2, 3, 4), (5, 6)]
+    assert [d.trained for d in rows.train] == [(False, False, True, True), (True, True)]
+    assert rows.fingerprint == same.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"lengths": None}, "holds no 'lengths'"),
+        ({"tokens": mx.ones((2, 4))}, "whole numbers"),
+        ({"tokens": mx.array([[True], [True]])}, "whole numbers"),
+        ({"tokens": mx.array([1, 2])}, r"tokens \[2\], lengths \[2\].* do not go together"),
+        ({"lengths": mx.array([4, 5])}, "row 1: lengths is no number from 0 to 4"),
+        ({"prompts": mx.array([5, 0])}, "row 0: prompts is no number from 0 to 4"),
+        ({"prompts": mx.array([-1, 0])}, "row 0: prompts is no number from 0 to 4"),
+        ({"tokens": mx.array([[1, 2, 3, 4], [5, 77, 0, 0]])}, "row 1: token id 77 is outside"),
+    ],
+)
+def test_tensor_file_that_cannot_be_used_is_named(
+    tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UsageError, match=words):
+        read(save_rows(tmp_path / "x.safetensors", **change))
+    (tmp_path / "y.safetensors").write_bytes(b"no")
+    with pytest.raises(UsageError, match=r"y\.safetensors cannot be read"):
+        read(tmp_path / "y.safetensors")
 
 
 def test_empty_data_is_an_error(tmp_path: Path) -> None:
