@@ -29,7 +29,7 @@ from .responses import Responses, ResponseSettings, prompts_of
 from .settings import TrainSettings
 from .step import BlockBatch, DrafterLoss
 from .target import FrozenTarget
-from .update import Updates, make_optimizer
+from .update import Updates, begin_state, make_optimizer
 from .weights import in_order, initial_parameters
 from .work import drafter_operations, target_operations
 
@@ -200,8 +200,9 @@ class Trainer:
             step=0, parameters=begin, optimizer=self.optimizer.state
         )
         self.state.parameters = in_order(self.state.parameters)
-        self.optimizer.state = self.state.optimizer
-        self.optimizer.init(self.state.parameters)
+        self.state.optimizer = begin_state(
+            self.optimizer, self.state.parameters, self.state.optimizer
+        )
         self._updates = Updates(self._loss, self.optimizer, settings)
         self._launched: _Launched | None = None
         self._since = _Since()

@@ -11,13 +11,13 @@ from typing import Any
 import attrs
 import mlx.core as mx
 import mlx.optimizers as optim
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from .settings import OPTIMIZERS, TrainSettings
 from .step import BlockBatch, DrafterLoss
 from .weights import in_order
 
-__all__ = ["Updates", "make_optimizer"]
+__all__ = ["Updates", "begin_state", "make_optimizer"]
 
 
 def make_optimizer(settings: TrainSettings) -> optim.Optimizer:
@@ -44,6 +44,41 @@ def set_rate(optimizer: optim.Optimizer, rate: mx.array) -> None:
         optimizer.learning_rate = rate
 
 
+def _in_a_row(optimizer: optim.Optimizer) -> bool:
+    """Whether the optimizer treats every number alike, so that all may lie in one array. A dozen
+    launches then update a model, not a dozen for each of its arrays."""
+    return not isinstance(optimizer, optim.MultiOptimizer)
+
+
+def _row(tree: Any) -> mx.array:
+    """All numbers of a tree in one array."""
+    flat: Any = tree_flatten(tree)
+    return mx.concatenate([value.reshape(-1) for _, value in flat])
+
+
+def begin_state(optimizer: optim.Optimizer, parameters: Any, state: Any) -> Any:
+    """The state that a run begins or goes on with.
+
+    Args:
+        optimizer: whose state it becomes.
+        parameters: in order.
+        state: as it was saved; before the first step, what the optimizer has by itself.
+    """
+    optimizer.state = state
+    if not _in_a_row(optimizer):
+        optimizer.init(parameters)
+        return optimizer.state
+    names: Any = [name for name, _ in tree_flatten(parameters)]
+    flat: Any = dict(tree_flatten(state))
+    if f"{names[0]}.m" in flat:  # saved when every array had moments of its own
+        for moment in "mv":
+            rows = [flat.pop(f"{name}.{moment}") for name in names]
+            flat[f"all.{moment}"] = _row(rows)
+        optimizer.state = tree_unflatten(list(flat.items()))
+    optimizer.init({"all": _row(parameters)})
+    return optimizer.state
+
+
 class Updates:
     """The two halves of a step.
 
@@ -68,9 +103,21 @@ class Updates:
     def _traced_update(self, parameters: Any, state: Any, gradient: Any, rate: mx.array) -> Any:
         self._optimizer.state = state
         set_rate(self._optimizer, rate)
-        clipped, norm = optim.clip_grad_norm(gradient, self._clip)
-        parameters = self._optimizer.apply_gradients(clipped, parameters)
-        return in_order(parameters), self._optimizer.state, norm
+        if not _in_a_row(self._optimizer):
+            clipped, norm = optim.clip_grad_norm(gradient, self._clip)
+            parameters = self._optimizer.apply_gradients(clipped, parameters)
+            return in_order(parameters), self._optimizer.state, norm
+        rows, norm = optim.clip_grad_norm({"all": _row(in_order(gradient))}, self._clip)
+        new = self._optimizer.apply_gradients(rows, {"all": _row(parameters)})["all"]
+        flat: Any = tree_flatten(parameters)
+        ends = [0]
+        for _, value in flat:
+            ends.append(ends[-1] + value.size)
+        parts = mx.split(new, ends[1:-1])
+        named = [
+            (name, part.reshape(old.shape)) for (name, old), part in zip(flat, parts, strict=True)
+        ]
+        return tree_unflatten(named), self._optimizer.state, norm
 
     def gradients(self, parameters: Any, batch: BlockBatch) -> tuple[mx.array, mx.array, Any]:
         """Loss, [K] shares of right slots, and gradients; all lazy."""

@@ -484,3 +484,42 @@ def test_schedule_over_steps_and_over_time() -> None:
     both = TrainSettings(steps=100, max_minutes=1.0)
     assert both.progress(30, 6.0) == pytest.approx(0.3)
     assert both.progress(30, 42.0) == pytest.approx(0.7)
+
+
+def test_adamw_over_one_array_is_adamw_over_each_and_old_states_go_on():
+    import mlx.optimizers as optim
+    from mlx.utils import tree_flatten, tree_map
+
+    from draftloom.apps.train.update import Updates, begin_state, make_optimizer
+
+    settings = TrainSettings(steps=10, clip=0.5, weight_decay=0.1)
+    keys = mx.random.split(mx.random.key(0), 6)
+    parameters = {"a": {"weight": mx.random.normal((5, 3), key=keys[0])}, "b": mx.ones(7)}
+    gradients = [
+        {
+            "a": {"weight": mx.random.normal((5, 3), key=key)},
+            "b": mx.random.normal((7,), key=key) + 1,
+        }
+        for key in keys[1:]
+    ]
+
+    each, expected, old = optim.AdamW(0.1, [0.9, 0.95], weight_decay=0.1), parameters, None
+    each.bias_correction = True
+    each.init(expected)
+    for gradient in gradients:
+        if gradient is gradients[2]:
+            old = tree_map(lambda value: value, each.state)
+        clipped, norm = optim.clip_grad_norm(gradient, 0.5)
+        expected = each.apply_gradients(clipped, expected)
+
+    optimizer = make_optimizer(settings)
+    state, found = begin_state(optimizer, parameters, optimizer.state), parameters
+    updates = Updates(None, optimizer, settings)
+    for number, gradient in enumerate(gradients):
+        if number == 2:
+            state = begin_state(make_optimizer(settings), found, old)  # an older run's
+        found, state, norm_now = updates.apply(found, state, gradient, 0.1)
+    assert norm_now.item() == pytest.approx(norm.item(), rel=1e-6)
+    assert [name for name, _ in tree_flatten(found)] == ["a.weight", "b"]
+    for (_, value), (_, right) in zip(tree_flatten(found), tree_flatten(expected), strict=True):
+        assert mx.allclose(value, right, rtol=1e-5, atol=1e-6), (value, right)
