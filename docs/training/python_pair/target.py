@@ -2,7 +2,7 @@
 
     python target.py train --kind hybrid --data CORPUS --tokenizer DIR --minutes 9 --out RUN
     torchrun --nproc-per-node 4 target.py train ...      # the same, on four GPUs
-    python target.py write --target RUN/target --data CORPUS --count 40000 --out RUN/responses.jsonl
+    python target.py write --target RUN/target --prompts prompts.npz --out RUN/responses.safetensors
 
 `--kind hybrid` is a Qwen3.5 (gated delta and full attention), `--kind attention` a Qwen3.
 All of a run trains with weights rounded to 4 bits exactly as MLX stores them, so that the stored
@@ -12,8 +12,8 @@ long as that text repeats itself more than wanted. `--ahead N` also trains throw
 the N tokens after the next one.
 
 RUN/target holds the 4-bit model, RUN/target-bf16 the same weights dequantized, RUN/log.jsonl what
-happened. `write` lets the target answer prompts from the corpus (greedy, or sampled for a share),
-as {"prompt_ids": [...], "response_ids": [...]} lines for `draftloom train drafter`.
+happened. `write` lets the target go on from prompts (greedy, or sampled for a share), for
+`draftloom train drafter --data`: arrays in .safetensors, or lines in .jsonl.
 """
 
 from __future__ import annotations
@@ -414,24 +414,29 @@ def write(args: argparse.Namespace) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(args.seed)
     model = stored(args.target).to(device)
-    corpus = Corpus(args.data, device)
-    low, high = args.prompt
+    loaded = np.load(args.prompts)
+    part, parts = map(int, args.part.split("/"))
+    given = torch.from_numpy(loaded["lengths"])
+    begins = given.cumsum(0) - given
+    given, begins = given[part::parts], begins[part::parts]
+    flat = torch.from_numpy(np.append(loaded["tokens"], [0] * given.max()).astype(np.int64))
     decoder = Decoder(model, args.batch, args.total, device)
-    begin, written, parts = time.time(), 0, []
-    while written < args.count:
+    place = torch.arange(args.total, device=device)
+    begin, written, kept = time.time(), 0, []
+    for first in range(0, len(given) - args.batch + 1, args.batch):
+        rows = slice(first, first + args.batch)
+        starts = given[rows, None].long()
+        prompts = flat[begins[rows, None] + torch.arange(starts.max())].to(device)
+        starts = starts.to(device)
         hot = torch.rand(args.batch, 1, device=device) < args.sampled
-        prompts = torch.randint(low, high + 1, (args.batch, 1), device=device)
-        ids = decoder.run(
-            corpus.windows(args.batch, high), args.total, hot * args.temperature, prompts
-        )
-        place = torch.arange(args.total, device=device)
-        ends = torch.where((ids == 0) & (place >= prompts), place + 1, args.total).amin(1)
-        whole = ends - prompts[:, 0] >= 32
-        parts.append([t[whole].cpu().numpy() for t in (ids, ends, prompts[:, 0])])
-        written += len(parts[-1][0])
-        share = repeats(ids[:, high:])[:, 7:].float().mean().item()
+        ids = decoder.run(prompts, args.total, hot * args.temperature, starts)
+        ends = torch.where((ids == 0) & (place >= starts), place + 1, args.total).amin(1)
+        whole = ends - starts[:, 0] >= 32
+        kept.append([t[whole].cpu().numpy() for t in (ids, ends, starts[:, 0])])
+        written += len(kept[-1][0])
+        share = repeats(ids[:, prompts.shape[1] :])[:, 7:].float().mean().item()
         print(f"{written} written, {time.time() - begin:.1f} s, repeats {share:.3f}", flush=True)
-    tokens, lengths, starts = (np.concatenate(t) for t in zip(*parts, strict=True))
+    tokens, lengths, starts = (np.concatenate(t) for t in zip(*kept, strict=True))
     if args.out.suffix == ".safetensors":
         from safetensors.numpy import save_file
 
@@ -477,10 +482,9 @@ def main() -> None:
     p = commands.add_parser("write")
     p.set_defaults(call=write)
     p.add_argument("--target", type=Path, required=True, help="RUN/target")
-    p.add_argument("--data", required=True)
-    p.add_argument("--count", type=int, default=40_000)
+    p.add_argument("--prompts", type=Path, required=True, help="of prompts.py")
+    p.add_argument("--part", default="0/1", help="I/N: every Nth prompt from the Ith on")
     p.add_argument("--batch", type=int, default=2048)
-    p.add_argument("--prompt", type=int, nargs=2, default=(64, 192), help="tokens: from, to")
     p.add_argument("--total", type=int, default=448, help="tokens of prompt and response")
     p.add_argument("--sampled", type=float, default=0.05)
     p.add_argument("--temperature", type=float, default=0.8)
