@@ -13,7 +13,6 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 
 import attrs
 import mlx.core as mx
@@ -25,6 +24,7 @@ import draftloom
 from draftloom.apps.audit import first_difference, judge, run_reference
 from draftloom.apps.cli.output import TextPrinter, busy, fallback_on_stderr, say_error
 from draftloom.apps.prompts import DEMO_PROMPT
+from draftloom.versions import version_of
 
 __all__ = ["DemoReport", "main", "measure", "render"]
 
@@ -171,7 +171,7 @@ def _verdict_on_speed(report: DemoReport) -> str:
 
 
 def _versions() -> str:
-    return ", ".join(f"{name} {version(name)}" for name in ("draftloom", "mlx", "mlx-lm"))
+    return ", ".join(f"{name} {version_of(name)}" for name in ("draftloom", "mlx", "mlx-lm"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

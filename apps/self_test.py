@@ -10,11 +10,16 @@ from typing import Any
 import attrs
 
 from draftloom.kernel_settings import Implementation, implementations
+from draftloom.kernels.backend import kernels_built
 from draftloom.kernels.check import Check
 from draftloom.plugins import PluginManager
 from draftloom.self_test_record import SelfTestRecord, fingerprint
 
-__all__ = ["CheckResult", "KernelReport", "SelfTest", "check_kernel", "run_self_test"]
+__all__ = ["SECONDS", "CheckResult", "KernelReport", "SelfTest", "check_kernel", "run_self_test"]
+
+SECONDS = 50.0
+"""After so long no further check is begun."""
+NO_TIME = "not run (time)"
 
 
 @attrs.frozen
@@ -26,12 +31,14 @@ class CheckResult:
         error: largest difference over the largest value; None where it could not be run.
         tolerance: the largest allowed; None likewise.
         failure: what was raised; empty where nothing was.
+        left_out: why it was not run; empty where it was.
     """
 
     name: str
     error: float | None
     tolerance: float | None
     failure: str = ""
+    left_out: str = ""
 
     @property
     def passed(self) -> bool:
@@ -41,6 +48,8 @@ class CheckResult:
         return self.error <= self.tolerance
 
     def __str__(self) -> str:
+        if self.left_out:
+            return f"{self.name}: {self.left_out}"
         if self.failure:
             return f"{self.name}: {self.failure}"
         return f"{self.name}: error {self.error:.2g}, allowed {self.tolerance:.2g}"
@@ -66,8 +75,13 @@ class KernelReport:
 
     @property
     def failed(self) -> tuple[CheckResult, ...]:
-        """The checks that did not pass."""
-        return tuple(check for check in self.checks if not check.passed)
+        """The checks that were run and did not pass."""
+        return tuple(c for c in self.checks if not c.passed and not c.left_out)
+
+    @property
+    def left_out(self) -> tuple[CheckResult, ...]:
+        """The checks that were not run."""
+        return tuple(check for check in self.checks if check.left_out)
 
 
 @attrs.frozen
@@ -79,22 +93,31 @@ class SelfTest:
         date: ISO 8601.
         seconds: wall time.
         tested: every registered implementation.
+        kernels_built: kernels of draftloom's that were compiled, or found compiled.
     """
 
     made_for: dict[str, str]
     date: str
     seconds: float
     tested: tuple[KernelReport, ...]
+    kernels_built: int = 0
 
     @property
     def passed(self) -> bool:
         """Whether nothing failed."""
         return not any(one.failed for one in self.tested)
 
-    def record(self) -> SelfTestRecord:
-        """What pipelines are to know of it."""
+    def record(self, before: SelfTestRecord | None = None) -> SelfTestRecord:
+        """What pipelines are to know of it.
+
+        Args:
+            before: the record so far: what failed there, and was not wholly run now, stays as it
+                was.
+        """
         failed = {}
         for one in self.tested:
+            if one.left_out and before is not None and one.kernel in before.failed:
+                failed[one.kernel] = before.failed[one.kernel]
             if one.failed:
                 more = len(one.failed) - 1
                 failed[one.kernel] = str(one.failed[0]) + (f" and {more} more" if more else "")
@@ -113,29 +136,55 @@ class SelfTest:
 
 
 def run_self_test(
-    plugins: PluginManager, progress: Callable[[str], None] = lambda what: None
+    plugins: PluginManager,
+    progress: Callable[[str], None] = lambda what: None,
+    seconds: float = SECONDS,
 ) -> SelfTest:
     """Run every check of every registered implementation that this device can run.
 
+    Every kernel has a share of the time, in proportion to its checks, and what those before it did
+    not use. Checks that find none left are not run.
+
     Args:
         plugins: whose kernels.
-        progress: told what runs next.
+        progress: told what runs next, check by check.
+        seconds: after which no check is begun.
 
     Raises:
         PluginError: an implementation cannot be imported.
     """
-    begin = time.perf_counter()
-    tested = []
-    for implementation in implementations(plugins):
-        progress(implementation.full_name)
-        tested.append(check_kernel(implementation))
-    seconds = time.perf_counter() - begin
+    begin, built = time.perf_counter(), kernels_built()
+    known = implementations(plugins)
+    reports: dict[str, KernelReport] = {}
+    shared: dict[str, CheckResult] = {}
+    # What is compiled goes first: it is what a device may have wrong, and what takes the time.
+    order = sorted(known, key=lambda one: not hasattr(one.factory, "BACKEND"))
+    weights = [_weight(one) for one in order]
+    for place, one in enumerate(order):
+        now = time.perf_counter()
+        share = weights[place] / (sum(weights[place:]) or 1.0)
+        until = now + share * (begin + seconds - now)
+        reports[one.full_name] = check_kernel(one, progress, until, shared)
+    tested = tuple(reports[one.full_name] for one in known)
+    took = time.perf_counter() - begin
     date = datetime.now(UTC).isoformat(timespec="seconds")
-    return SelfTest(fingerprint(), date, seconds, tuple(tested))
+    return SelfTest(fingerprint(), date, took, tested, kernels_built() - built)
 
 
-def check_kernel(implementation: Implementation) -> KernelReport:
-    """Run every check of one implementation, if this device can run it."""
+def check_kernel(
+    implementation: Implementation,
+    progress: Callable[[str], None] = lambda what: None,
+    until: float = float("inf"),
+    shared: dict[str, CheckResult] | None = None,
+) -> KernelReport:
+    """Run every check of one implementation, if this device can run it.
+
+    Args:
+        implementation: whose.
+        progress: told what runs next.
+        until: when, by `time.perf_counter`, no further check is begun.
+        shared: results of checks that other implementations have too; added to.
+    """
     name, default = implementation.full_name, implementation.by_default
     if implementation.why_not_here is not None:
         return KernelReport(name, implementation.why_not_here, default)
@@ -143,11 +192,30 @@ def check_kernel(implementation: Implementation) -> KernelReport:
     if checks is None:
         return KernelReport(name, "it brings no checks", default)
     begin, results = time.perf_counter(), list[CheckResult]()
+    shared = {} if shared is None else shared
     try:
-        results.extend(_run(check) for check in checks())
+        for check in checks():
+            found = shared.get(check.same)
+            if found is None and time.perf_counter() >= until:
+                results.append(CheckResult(check.name, None, None, left_out=NO_TIME))
+                continue
+            if found is None:
+                progress(f"{name}: {check.name}")
+                found = _run(check)
+            results.append(found)
+            if check.same:
+                shared[check.same] = found
     except Exception as error:  # noqa: BLE001 - a kernel that cannot be checked is one that failed
         results.append(CheckResult("checks", None, None, _words(error)))
     return KernelReport(name, "", default, time.perf_counter() - begin, tuple(results))
+
+
+def _weight(implementation: Implementation) -> float:
+    """Of its share of the time: checks of a kernel that is compiled; others take little."""
+    one = implementation.factory
+    if implementation.why_not_here is not None or not hasattr(one, "checks"):
+        return 0.0
+    return float(sum(1 for _ in one.checks())) if hasattr(one, "BACKEND") else 1.0
 
 
 def _run(check: Check) -> CheckResult:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import mlx.core as mx
 from draftloom.device import backend_name
 from draftloom.errors import UsageError
 from draftloom.user_files import user_folder, write_whole
+from draftloom.versions import version_of
 
 __all__ = ["SelfTestRecord", "fingerprint", "record_file"]
 
@@ -37,7 +37,7 @@ def fingerprint() -> dict[str, str]:
     return {
         "device": str(device),
         "backend": "cpu" if on_cpu else backend_name(),
-        **{name: version(name) for name in ("draftloom", "mlx", "mlx-lm")},
+        **{name: version_of(name) for name in ("draftloom", "mlx", "mlx-lm")},
     }
 
 

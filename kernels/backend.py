@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import attrs
 import mlx.core as mx
 
-__all__ = ["CUDA_BUILTINS", "ON_CPU", "Backend", "KernelSource", "per_row", "row_entries"]
+__all__ = [
+    "CUDA_BUILTINS",
+    "ON_CPU",
+    "Backend",
+    "KernelSource",
+    "kernels_built",
+    "per_row",
+    "row_entries",
+]
 
 ON_CPU = "the default device is the CPU"
 _NAMES = {"metal": "Metal", "cuda": "CUDA"}
+_BUILT: set[tuple[str, str]] = set()
 _LEAST = 4  # MLX-CUDA keeps arrays of 8 bytes or less in host memory, slow to read from a kernel
 
 CUDA_BUILTINS = """
@@ -63,7 +72,11 @@ class Backend:
     memory: int = 32 * 1024
 
     def kernel(
-        self, variant: KernelSource, dtypes: tuple[mx.Dtype, ...], strided: bool = False
+        self,
+        variant: KernelSource,
+        dtypes: tuple[mx.Dtype, ...],
+        template: Sequence[tuple[str, Any]],
+        strided: bool = False,
     ) -> Callable[..., list[mx.array]]:
         """The kernel of a variant for inputs of these dtypes; MLX compiles it at its first launch.
 
@@ -73,13 +86,16 @@ class Backend:
         Args:
             variant: the body.
             dtypes: of the inputs.
+            template: the values that it will be launched with; counted, see `kernels_built`.
             strided: whether the body reads every input through its strides, so that slices need
                 not be copied first.
         """
         text = "\n".join([self.prelude, variant.source, *map(str, dtypes)])
         digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+        name = f"{variant.name}_{digest}"
+        _BUILT.add((name, str(template)))
         return self.build(
-            name=f"{variant.name}_{digest}",
+            name=name,
             input_names=variant.inputs,
             output_names=variant.outputs,
             source=variant.source,
@@ -98,6 +114,12 @@ class Backend:
         """None if kernels can run on the default device, else the reason why not."""
         on_cpu = mx.default_device() == mx.Device(mx.cpu)
         return self.why_missing() or (ON_CPU if on_cpu else None)
+
+
+def kernels_built() -> int:
+    """How many kernels of draftloom's this process has asked a compiler for: each name with each
+    set of template values is one, and takes up to a second the first time on a device."""
+    return len(_BUILT)
 
 
 def per_row(numbers: mx.array, rows: int) -> mx.array:

@@ -38,12 +38,14 @@ class Check:
         found: runs the implementation; gives arrays.
         expected: runs the reference; gives as many arrays, in the same order and shapes.
         tolerances: the largest `difference` allowed, one an array; 0 is bit-equal.
+        same: checks with the same words here do the very same: a self-test runs one of them.
     """
 
     name: str
     found: Callable[[], Sequence[mx.array]]
     expected: Callable[[], Sequence[mx.array]]
     tolerances: tuple[float, ...]
+    same: str = ""
 
     def run(self) -> Outcome:
         """Compare. Memory that the implementation may be given for its results is filled with NaN

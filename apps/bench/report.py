@@ -10,7 +10,6 @@ import os
 import platform
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,6 +18,7 @@ import attrs
 import mlx.core as mx
 
 from draftloom.errors import UsageError
+from draftloom.versions import version_of
 
 from .measure import EncodedPrompt, Run, Settings, Text, measure
 from .stages import StageTimes, time_stages
@@ -123,7 +123,7 @@ def head(subject: Subject, settings: Settings) -> Report:
         "target": subject.name,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine(),
-        "versions": {name: version(name) for name in ("draftloom", "mlx", "mlx-lm")},
+        "versions": {name: version_of(name) for name in ("draftloom", "mlx", "mlx-lm")},
         "settings": attrs.asdict(settings),
     }
 

@@ -109,7 +109,8 @@ def steady(builder: PipelineBuilder) -> PipelineBuilder:
 def make_variants(
     plans: Sequence[tuple[str, Blueprint]], builder: PipelineBuilder, model: Any, tokenizer: Any
 ) -> tuple[Variant, ...]:
-    """The target alone, draftloom without drafts, and each plan, over one loaded model.
+    """The target alone, draftloom without drafts, and each plan, over one loaded model. A plan of
+    width 0 that goes by that name alone is draftloom without drafts: it is there once.
 
     Raises:
         UsageError: two variants of one name.
@@ -128,7 +129,10 @@ def make_variants(
     )
     plain_parts = {**first.names, "drafter": "none", "acceptance": "greedy", "width": "fixed 0"}
     variants = [Variant(ALONE, None, {}), Variant(PLAIN, over_loaded(plain), plain_parts)]
-    variants += [Variant(name, over_loaded(plan.spec), _parts(plan)) for name, plan in plans]
+    asked = [
+        (name, plan) for name, plan in plans if (name, plan.spec.width) != (PLAIN, plain.width)
+    ]
+    variants += [Variant(name, over_loaded(plan.spec), _parts(plan)) for name, plan in asked]
     names = [variant.name for variant in variants]
     for name in names:
         if names.count(name) > 1:

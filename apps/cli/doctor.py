@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Annotated, Any
 
 import attrs
 import typer
 
 from draftloom.errors import UsageError
+from draftloom.versions import NOT_INSTALLED, version_of
 
 from .memory_options import (
     ContextLengthOption,
@@ -193,10 +193,9 @@ def _memory(plugins: PluginManager, flags: PipelineFlags, *, known: bool) -> dic
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "platform": platform.platform()}
     for name in DISTRIBUTIONS:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # a backend of another platform
-            continue
+        shown = version_of(name)
+        if shown != NOT_INSTALLED or name == "draftloom":  # not so: a backend of another platform
+            found[name] = shown
     return found
 
 

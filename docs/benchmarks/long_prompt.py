@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from mlx_lm.models import qwen3_5
 
 import draftloom
 from draftloom.drafters.dflash import DFlashDrafter
+from draftloom.versions import version_of
 
 HIDDEN, VOCAB, TAPS = 192, 256, (0, 1, 2, 3)
 TARGET = {
@@ -186,7 +186,7 @@ def main() -> None:
             "processor": mx.device_info().get("device_name", platform.processor()),
             "device": "cpu",
             "python": platform.python_version(),
-            **{name: version(name) for name in ("mlx", "mlx-lm", "draftloom")},
+            **{name: version_of(name) for name in ("mlx", "mlx-lm", "draftloom")},
         },
         "target": TARGET,
         "drafter": DRAFTER,

@@ -22,7 +22,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from draftloom.contracts import DraftRequest
 from draftloom.kernels.packed_projections import PLANS
 from draftloom.kernels.packed_projections.plan import WORTH
 from draftloom.sampling import SamplingParams, SamplingState
+from draftloom.versions import version_of
 
 TARGET, DRAFTER = "packed-projections", "packed-drafter"
 KINDS = {
@@ -205,7 +205,7 @@ def main() -> None:
         "bits": options.bits,
         "type": str(target.embed(mx.array([[0]])).dtype),
         "mlx": mx.__version__,
-        "mlx_lm": version("mlx-lm"),
+        "mlx_lm": version_of("mlx-lm"),
         "python": platform.python_version(),
         "settings": {k: getattr(options, k) for k in ("context", "rounds", "steps")},
         "target": {},

@@ -11,7 +11,8 @@ Compared are the kernel, MLX's own attention with a mask over all allocated keys
 floor is reading keys and values once, at the speed at which this machine copies.
 
 ``--implementation array`` runs MLX's own in the kernel's place (a rehearsal, on any device).
-``--geometries`` times every geometry of the kernel that fits instead.
+``--geometries`` times every geometry of the kernel that fits instead. ``--quick`` takes fewer
+rounds, calls and blocks. The JSON is written after every number of keys and every geometry.
 """
 
 import argparse
@@ -20,14 +21,15 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from importlib.metadata import version
+from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 
 import attrs
 import mlx.core as mx
 
 from draftloom.kernels import verify_attention
+from draftloom.kernels.backend import Backend
 from draftloom.kernels.verify_attention import cuda, metal, reference
 from draftloom.kernels.verify_attention.launch import (
     SIZES,
@@ -36,6 +38,7 @@ from draftloom.kernels.verify_attention.launch import (
     geometry_for,
     valid_lengths,
 )
+from draftloom.versions import version_of
 
 Attend = Callable[[mx.array, mx.array, mx.array, int], mx.array]
 """(q [B, Hq, M, D], keys, values [B, Hkv, N, D], valid keys) -> [B, Hq, M, D]."""
@@ -113,14 +116,15 @@ def linked(y: mx.array, packed: bool) -> mx.array:
 
 def masked(shape: Shape) -> Attend:
     """MLX's own over all allocated keys; one mask for all layers, as in a model."""
-    made: dict[int, mx.array] = {}
+    made: dict[tuple[int, int], mx.array] = {}
 
     def attend(q: mx.array, k: mx.array, v: mx.array, length: int) -> mx.array:
-        if length not in made:
+        asked = (length, k.shape[2])
+        if asked not in made:
             made.clear()
             lengths = mx.array([length] * shape.rows)
-            made[length] = reference.visible(lengths, q.shape[2], k.shape[2], None)[:, None]
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=shape.scale, mask=made[length])
+            made[asked] = reference.visible(lengths, q.shape[2], k.shape[2], None)[:, None]
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=shape.scale, mask=made[asked])
 
     return attend
 
@@ -178,7 +182,7 @@ def fixed(
 
 def growing(shape: Shape, way: Way, length: int, options: argparse.Namespace) -> dict[str, float]:
     """Evaluations of 8 calls each, as of 8 layers; the valid keys grow by a block before each."""
-    blocks, layers = 12, 8
+    blocks, layers = options.blocks, 8
     allocated = -(-(length + (blocks + 1) * shape.queries) // STEP) * STEP
     q = shape.normal(shape.heads, shape.queries)
     k, v = (shape.normal(shape.key_heads, allocated) for _ in "kv")
@@ -214,73 +218,93 @@ def copy_speed(size: int) -> float:
     return 2 * x.nbytes / statistics.median(rounds[1:])
 
 
-def relative_error(shape: Shape, way: Way, length: int) -> float:
-    """Against the float32 reference on the CPU."""
+def errors_at(shape: Shape, length: int) -> Callable[[Way], float]:
+    """Relative errors at a length against the float32 reference on the CPU, run once."""
     allocated = -(-length // STEP) * STEP
     q = shape.normal(shape.heads, shape.queries)
     k, v = (shape.normal(shape.key_heads, allocated) for _ in "kv")
-    found = way.attend(q, k, v, length)
-    mx.eval(q, k, v, found)
+    mx.eval(q, k, v)
     with mx.stream(mx.cpu):
         exact = reference.attend(q, k, v, mx.array([length] * shape.rows), scale=shape.scale)
-        gap = found.astype(mx.float32) - exact
-        return float(mx.sqrt((gap * gap).sum() / (exact * exact).sum()).item())
+        mx.eval(exact)
+
+    def error(way: Way) -> float:
+        found = way.attend(q, k, v, length)
+        mx.eval(found)
+        with mx.stream(mx.cpu):
+            gap = found.astype(mx.float32) - exact
+            return float(mx.sqrt((gap * gap).sum() / (exact * exact).sum()).item())
+
+    return error
 
 
-def compare(shape: Shape, ours: Way, speed: float, options: argparse.Namespace) -> dict:
-    """Every way at every length, with floors and ratios."""
+def compare(
+    shape: Shape, ours: Way, speed: float, options: argparse.Namespace
+) -> Iterator[tuple[str, dict]]:
+    """Every way at every length, with floors and ratios: (length, what was found)."""
     ways = (ours, Way("masked", masked(shape)), Way("causal", causal(shape)))
-    found = {}
     for length in options.keys:
+        start = time.perf_counter()
         floor = shape.bytes_of(length) / speed * 1e6
         caches = max(1, min(ROTATED // shape.bytes_of(-(-length // STEP) * STEP), options.calls))
         entry: dict = {"floor_us": floor, "caches": caches}
+        error_of = errors_at(shape, length)
+        print(f"N = {length}: floor {floor:.1f} us", flush=True)
+        times = {}
         for way in ways:
-            entry[way.name] = {
-                "layers": fixed(shape, way, length, caches, options),
-                "one cache": fixed(shape, way, length, 1, options),
-                "growing": growing(shape, way, length, options),
-                "error": relative_error(shape, way, length),
-            }
-        best = min(entry[name]["layers"]["us"] for name in ("masked", "causal"))
-        us = entry[ours.name]["layers"]["us"]
-        entry["times_faster_than_the_better_of_mlx"] = best / us
-        entry["times_the_floor"] = us / floor
-        found[str(length)] = entry
-        print(f"N = {length}: floor {floor:.1f} us")
-        for way in ways:
-            row = entry[way.name]
+            try:
+                row: dict = {
+                    "layers": fixed(shape, way, length, caches, options),
+                    "one cache": fixed(shape, way, length, 1, options),
+                    "growing": growing(shape, way, length, options),
+                    "error": error_of(way),
+                }
+            except (RuntimeError, ValueError) as error:  # the others are still worth having
+                entry[way.name] = {"failed": f"{type(error).__name__}: {error}"}
+                print(f"  {way.name:<8} {entry[way.name]['failed']}", flush=True)
+                continue
+            entry[way.name], times[way.name] = row, row["layers"]["us"]
             print(
                 f"  {way.name:<8} {row['layers']['us']:9.1f} us (one cache "
                 f"{row['one cache']['us']:.1f}, growing {row['growing']['us']:.1f}, "
                 f"Python {row['layers']['python_us']:.1f}), error {row['error']:.1e}",
                 flush=True,
             )
-        print(f"  {best / us:.2f} times faster than MLX, {us / floor:.2f} times the floor")
-    return found
+        others = [us for name, us in times.items() if name != ours.name]
+        if ours.name in times and others:
+            us, best = times[ours.name], min(others)
+            entry["times_faster_than_the_better_of_mlx"] = best / us
+            entry["times_the_floor"] = us / floor
+            print(f"  {best / us:.2f} times faster than MLX, {us / floor:.2f} times the floor")
+        entry["seconds"] = time.perf_counter() - start
+        yield str(length), entry
 
 
-def geometries(shape: Shape, launcher: Launcher, options: argparse.Namespace) -> dict:
-    """The kernel in every geometry that fits, at every length."""
-    rows, backend = shape.heads // shape.key_heads * shape.queries, launcher.backend
+def geometries(
+    shape: Shape, backend: Backend, use: str, options: argparse.Namespace
+) -> Iterator[tuple[str, dict]]:
+    """The kernel in every geometry that fits, at every length: (geometry, microseconds)."""
+    rows = shape.heads // shape.key_heads * shape.queries
     chosen = geometry_for(rows, shape.size, shape.dtype.size, backend.memory)
-    found: dict[str, dict[str, float]] = {}
-    for keys in (16, 32, 64):
-        for simds in (2, 4, 8):
-            for groups in (66, 132, 264):
-                tried = Geometry(chosen.rows, keys, simds, groups)
-                sharing = simds * 16 // chosen.rows
-                if not sharing or keys // 8 % sharing or simds * 16 % chosen.rows:
-                    continue
-                if tried.threadgroup_bytes(shape.size, shape.dtype.size) > backend.memory:
-                    continue
-                way = Way("kernel", kernel(shape, "", Launcher(backend, tried)), packed=True)
-                for length in options.keys:
-                    caches = max(1, min(ROTATED // shape.bytes_of(length), options.calls))
-                    us = fixed(shape, way, length, caches, options)["us"]
-                    found.setdefault(str(tried), {})[str(length)] = us
-                print(tried, found[str(tried)], flush=True)
-    return found
+    print(f"chosen: {chosen}", flush=True)
+    for keys, simds, groups in product((16, 32, 64), (2, 4, 8), (66, 132, 264)):
+        tried = Geometry(chosen.rows, keys, simds, groups)
+        sharing = simds * 16 // chosen.rows
+        if not sharing or keys // 8 % sharing or simds * 16 % chosen.rows:
+            continue
+        if tried.threadgroup_bytes(shape.size, shape.dtype.size) > backend.memory:
+            continue
+        launcher = None if use else Launcher(backend, tried)
+        way = Way("kernel", kernel(shape, use, launcher), packed=not use)
+        found: dict = {"chosen": tried == chosen}
+        try:
+            for length in options.keys:
+                caches = max(1, min(ROTATED // shape.bytes_of(length), options.calls))
+                found[str(length)] = fixed(shape, way, length, caches, options)["us"]
+        except (RuntimeError, ValueError) as error:  # one that does not launch; the next may
+            found["failed"] = f"{type(error).__name__}: {error}"
+        print(tried, found, flush=True)
+        yield str(tried), found
 
 
 def main() -> None:
@@ -296,9 +320,15 @@ def main() -> None:
     parser.add_argument("--keys", type=int, nargs="+", default=[256, 1000, 1024, 4096, 16384])
     parser.add_argument("--calls", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--blocks", type=int, default=12, help="evaluations of a growing cache")
+    parser.add_argument("--quick", action="store_true", help="3 rounds of 24 calls, 6 blocks")
     parser.add_argument("--implementation", help="in the kernel's place: array")
     parser.add_argument("--geometries", action="store_true", help="time the kernel's geometries")
     options = parser.parse_args()
+    if options.quick:
+        options.rounds, options.calls, options.blocks = 3, 24, 6
+    if options.blocks < 3:
+        parser.error("--blocks must be at least 3: the first two are a warm-up")
     mx.random.seed(7)
     module = next((m for m in (metal, cuda) if m.why_not_here() is None), None)
     if module is None and options.implementation is None:
@@ -312,18 +342,22 @@ def main() -> None:
     report = {
         "device": mx.device_info().get("device_name", platform.machine()),
         "implementation": options.implementation or module.BACKEND.name,
-        "mlx": version("mlx"),
+        "settings": {k: getattr(options, k) for k in ("calls", "rounds", "blocks")},
+        "mlx": version_of("mlx"),
         "python": platform.python_version(),
         "shape": {**attrs.asdict(shape), "dtype": options.dtype},
         "copy_bytes_per_second": speed,
     }
-    if options.geometries and launcher is not None:
-        report["geometries"] = geometries(shape, launcher, options)
+    use = options.implementation or ""
+    if options.geometries:
+        key, found = "geometries", geometries(shape, (module or cuda).BACKEND, use, options)
     else:
-        use = options.implementation or ""
         ours = Way(report["implementation"], kernel(shape, use, launcher), launcher is not None)
-        report["keys"] = compare(shape, ours, speed, options)
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
+        key, found = "keys", compare(shape, ours, speed, options)
+    report[key] = {}
+    for name, entry in found:
+        report[key][name] = entry
+        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ def _plan(
     ]
     groups = value_size // geometry.threadgroup_rows
     return _Plan(
-        kernel=backend.kernel(variant, dtypes),
+        kernel=backend.kernel(variant, dtypes, template),
         arguments={
             "template": template,
             "grid": (32, groups * geometry.simds, rows * value_heads),

@@ -92,7 +92,7 @@ def _plan(
         ("SIMDS", simds),
     ]
     return _Plan(
-        kernel=backend.kernel(variant, dtypes, strided=True),
+        kernel=backend.kernel(variant, dtypes, template, strided=True),
         arguments={
             "template": template,
             "grid": (32 * rows * tokens, heads, 1),

@@ -53,8 +53,9 @@ def _plan(
     """What is the same in every launch on equal shapes and dtypes."""
     rows, tokens, heads, size = shape
     simds = next(n for n in (4, 2, 1) if heads % n == 0)
-    return backend.kernel(variant, dtypes, strided=True), {
-        "template": [("QT", dtypes[0]), ("Hv", heads), ("Dv", size), ("SIMDS", simds)],
+    template = [("QT", dtypes[0]), ("Hv", heads), ("Dv", size), ("SIMDS", simds)]
+    return backend.kernel(variant, dtypes, template, strided=True), {
+        "template": template,
         "grid": (32 * rows * tokens, heads, 1),
         "threadgroup": (32, simds, 1),
         "output_shapes": [shape],

@@ -63,7 +63,7 @@ def _check(kind: str, form: str) -> Check:
     tolerance = 0.0 if on_cpu else TOLERANCES[dtype]
     tokens = ", ".join(map(str, WIDTHS))
     label = f"{kind} {form} T {tokens} of {WIDTH} to {'+'.join(map(str, SIZES[kind]))}"
-    return Check(label, found, expected, (tolerance,) * len(inputs))
+    return Check(label, found, expected, (tolerance,) * len(inputs), f"one product: {label}")
 
 
 def _joined(groups: Sequence[Sequence[mx.array]]) -> mx.array:

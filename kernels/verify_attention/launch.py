@@ -164,7 +164,7 @@ def _plan(
     partial, combine = Partial(scale), Combine(sinks is not None)
     dtypes = (dtype,) * 3
     seconds = (mx.float32,) * 3 + (() if sinks is None else (sinks,))
-    first = {
+    first: dict[str, Any] = {
         "template": [
             ("CT", dtype),
             ("KIND", _KINDS[dtype]),
@@ -180,14 +180,17 @@ def _plan(
         "output_shapes": [(*parts, size), parts, parts],
         "output_dtypes": [mx.float32] * 3,
     }
-    second = {
+    second: dict[str, Any] = {
         "template": [("QT", dtype), *shared],
         "grid": (32, size // 32 * rows, pairs),
         "threadgroup": (32, size // 32, 1),
         "output_shapes": [(batch, queries, heads, size)],
         "output_dtypes": [dtype],
     }
-    kernels = (backend.kernel(partial, dtypes), backend.kernel(combine, seconds))
+    kernels = (
+        backend.kernel(partial, dtypes, first["template"]),
+        backend.kernel(combine, seconds, second["template"]),
+    )
     return _Plan(kernels, (first, second))
 
 

@@ -170,7 +170,7 @@ def test_the_emulated_source_is_the_one_metal_gets(variant, module):
         return lambda **_: []
 
     metal = module.metal.BACKEND
-    Backend("metal", build, metal.prelude).kernel(variant, (mx.float32,), strided=True)
+    Backend("metal", build, metal.prelude).kernel(variant, (mx.float32,), (), strided=True)
     assert seen["source"] == variant.source
     assert seen["header"] == source.METAL_PRELUDE == metal.prelude
     assert seen["ensure_row_contiguous"] is False

@@ -173,7 +173,7 @@ def test_the_emulated_source_is_the_one_metal_gets():
         seen.update(arguments)
         return lambda **_: []
 
-    Backend("metal", build, metal.BACKEND.prelude).kernel(variant, (mx.float32,))
+    Backend("metal", build, metal.BACKEND.prelude).kernel(variant, (mx.float32,), ())
     assert seen["source"] == variant.source
     assert seen["header"] == METAL_PRELUDE == metal.BACKEND.prelude
     assert metal.BACKEND.build is mx.fast.metal_kernel

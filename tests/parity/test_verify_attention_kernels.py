@@ -193,7 +193,7 @@ def test_the_emulated_sources_are_the_ones_that_are_sent() -> None:
         sent.update(arguments)
         return lambda **_: []
 
-    Backend("metal", build, METAL_PRELUDE).kernel(Partial(0.125), (mx.float32,))
+    Backend("metal", build, METAL_PRELUDE).kernel(Partial(0.125), (mx.float32,), ())
     assert (sent["header"], sent["source"]) == (METAL_PRELUDE, Partial(0.125).source)
     assert "1.250000000e-01f" in sent["source"]
     assert "@" not in Partial(0.1).source + Combine(True).source + Combine().source

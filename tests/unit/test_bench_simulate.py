@@ -122,6 +122,17 @@ def test_simulated_names_say_so(subject: Subject) -> None:
     assert "simulated" in subject.name
 
 
+def test_width_0_asked_for_again_is_there_once() -> None:
+    widths = [("width 0", 0), ("width 2", 2), ("width 0", 0)]
+    found = simulated_subject(Simulation("tiny", (0.5,)), "float32", widths)
+    assert [v.name.removesuffix(" (simulated)") for v in found.variants] == [
+        "mlx-lm", "width 0", "width 2",
+    ]  # fmt: skip
+    plain = found.variants[1]
+    assert plain.builder is not None
+    assert plain.builder.spec.drafter.use == "none"
+
+
 def test_random_weights_are_finite_and_seeded(subject: Subject) -> None:
     again = simulated_subject(Simulation("tiny", (0.5,)), "float32", [("a", None)])
     ours, theirs = (tree_flatten(s.model.parameters()) for s in (subject, again))

@@ -189,6 +189,28 @@ def test_what_was_not_run_says_why() -> None:
     assert report_of(object()).skipped == "it brings no checks"
 
 
+def test_after_its_time_nothing_is_begun_and_all_stays_as_it_was() -> None:
+    plugins = fakes.plugins(Lab(my_lab_op__fast=Other(check(2.0))))
+    found = run_self_test(plugins, seconds=0.0)
+    run = [c for one in found.tested for c in one.checks if not c.left_out]
+    assert run == []
+    assert found.passed
+    before = SelfTestRecord(fingerprint(), "2026-01-01", {"my-lab.op/fast": "it was off"})
+    assert found.record(before).failed == before.failed
+    assert found.record().failed == {}
+    assert "not run (time)" in str(named(found, "my-lab.op/fast").checks[0])
+    again = run_self_test(fakes.plugins(Lab(my_lab_op__fast=Other(check(1.0)))))
+    assert again.record(before).failed == {}
+
+
+def test_checks_that_are_the_same_are_run_once() -> None:
+    told: list[str] = []
+    found = run_self_test(fakes.plugins(), told.append)
+    both = [named(found, f"packed-projections/{name}").checks for name in ("packed", "mlp")]
+    assert set(both[1]) < set(both[0])
+    assert sum("mlp float32" in what for what in told) == 1
+
+
 # --- turned off -------------------------------------------------------------------------------
 
 
@@ -303,7 +325,9 @@ def test_the_report_as_data(config_home: Path) -> None:
 def test_the_report_to_paste() -> None:
     done = command(fakes.plugins(), "--self-test")
     assert done.exit_code == 0
-    lines = done.output.splitlines()
+    assert "s  gated-delta/array: verify float32 B2 T5" in done.stderr
+    lines = done.stdout.splitlines()
+    assert "kernels of draftloom's compiled: 0" in lines
     assert lines[0].startswith("draftloom self-test of ")
     assert lines[1].startswith("device ")
     assert "all passed: nothing is turned off" in lines
