@@ -23,7 +23,7 @@ from draftloom.kernels.packed_projections import (
     why_not,
 )
 
-__all__ = ["OPERATION", "SITES", "PackedModel"]
+__all__ = ["OPERATION", "SITES", "PackedModel", "PackedPart"]
 
 OPERATION = "packed-projections"
 _QKV = ("q_proj", "k_proj", "v_proj")
@@ -98,7 +98,7 @@ class _Results:
         return part
 
 
-class _Part(nn.Module):
+class PackedPart(nn.Module):
     """Stands in for a linear layer that is run with others."""
 
     def __init__(self, linear: nn.Module, results: _Results, index: int) -> None:
@@ -128,13 +128,14 @@ class PackedModel:
 
     Attributes:
         decision: what was packed, and why; None before `tune`.
+        products: what runs in place of the layers.
         refused: why a place was left as it is, by the place's path.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._replaced: list[tuple[Any, str, nn.Module]] = []
-        self._products: list[OneProduct] = []
+        self.products: list[OneProduct] = []
         self.decision: Decision | None = None
         self.refused: dict[str, str] = {}
 
@@ -161,10 +162,10 @@ class PackedModel:
         weights."""
         for owner, name, linear in self._replaced:
             owner[name] = linear
-        for product in self._products:
+        for product in self.products:
             product.release()
         self._replaced.clear()
-        self._products.clear()
+        self.products.clear()
         self.decision = None
 
     def _places(self) -> Iterator[tuple[str, Any, tuple[str, ...]]]:
@@ -191,7 +192,7 @@ class PackedModel:
         layers = [owner[name] for name in names]
         results = _Results(layers)
         results.product.adopt()
-        self._products.append(results.product)
+        self.products.append(results.product)
         for index, (name, layer) in enumerate(zip(names, layers, strict=True)):
-            owner[name] = _Part(layer, results, index)
+            owner[name] = PackedPart(layer, results, index)
             self._replaced.append((owner, name, layer))

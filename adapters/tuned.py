@@ -11,6 +11,7 @@ from draftloom.kernel_settings import KernelSettings
 
 from .attention_module import AttentionLayers
 from .early_launch import EarlyLaunch
+from .few_rows import FewRows
 from .packed import PackedModel
 from .verify_attention import tune_attention
 
@@ -24,11 +25,13 @@ class TunedModel:
         attention: the attention modules that can be stood in for; mlx-lm's own run until some are.
         packed: the projections that can run as one product; apart until `tune` says otherwise.
         early: layers launched while later ones are put together; none until `tune` says so.
+        few: layers whose products of few rows can be a kernel's; mlx-lm's own until `tune`.
     """
 
     attention: AttentionLayers
     packed: PackedModel
     early: EarlyLaunch
+    few: FewRows
 
     def _prepare(
         self, model: nn.Module, name: str, attending: Sequence[Any], layers: list[nn.Module] | None
@@ -44,16 +47,20 @@ class TunedModel:
         self.attention = AttentionLayers(attending, name)
         self.packed = PackedModel(model)
         self.early = EarlyLaunch(layers)
+        self.few = FewRows(model, self.packed)
 
     def tune(self, settings: KernelSettings) -> None:
         """Pack projections, launch layers early, choose the attention of verify, as the settings
         say. Taps are set after."""
+        self.few.restore()
         self.packed.tune(settings)
+        self.few.tune(settings)
         self.early.tune(settings)
         tune_attention(self.attention, settings)
 
     def _put_back(self) -> None:
         """Put every attention module, projection and layer back. Taps are cleared before."""
         self.attention.restore()
+        self.few.restore()
         self.packed.restore()
         self.early.restore()

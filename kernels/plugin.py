@@ -11,6 +11,7 @@ _GATED_DELTA = "draftloom.kernels.gated_delta"
 _INPUTS = "draftloom.kernels.gated_delta_inputs"
 _NORM = "draftloom.kernels.gated_norm"
 _ATTENTION = "draftloom.kernels.verify_attention"
+_FEW_ROWS = "draftloom.kernels.few_rows"
 _PACKED = "draftloom.kernels.packed_projections.target"
 _PACKED_DRAFTER = "draftloom.kernels.packed_projections.drafter"
 _KERNELS = (
@@ -28,6 +29,8 @@ _KERNELS = (
     ("gated-norm/array", _NORM, "the layer's own norm"),
     ("gated-norm/cuda", _NORM, "RMS norm and gate in one launch, CUDA"),
     ("gated-norm/metal", _NORM, "RMS norm and gate in one launch, Metal"),
+    ("few-rows/array", _FEW_ROWS, "MLX's own product"),
+    ("few-rows/cuda", _FEW_ROWS, "products of 2 to 32 rows in one launch, tensor cores, CUDA"),
     ("packed-projections/packed", _PACKED, "every kind of place as one product"),
     ("packed-projections/attention", _PACKED, "queries, keys and values as one product"),
     ("packed-projections/gated-delta", _PACKED, "inputs of gated-delta layers as one product"),

@@ -27,7 +27,7 @@ from draftloom.builder import PipelineBuilder
 from draftloom.contracts import ComponentInfo, Draft, Preserves
 from draftloom.drafters.dflash import DFlashDrafter, DFlashModel, LoadedDrafter
 from draftloom.drafters.dflash.one_product import OPERATION as PACKED_DRAFTER
-from draftloom.drafters.dflash.one_product import pack_network
+from draftloom.drafters.dflash.one_product import few_rows_in_network, pack_network
 from draftloom.errors import UnknownNameError, UsageError
 from draftloom.hookspecs import Register, hookimpl
 from draftloom.plugins import PluginManager
@@ -136,6 +136,7 @@ class SimulatedDFlash(DFlashDrafter):
         network = DFlashModel(self.description)
         randomize(network, self._seed + 1, context.target.embed(mx.array([[0]])).dtype)
         pack_network(network, context.kernels.use(PACKED_DRAFTER, off="off"))
+        few_rows_in_network(network, context.kernels.use("few-rows"))
         self._loaded = LoadedDrafter(self.description, network, context.target)
 
 

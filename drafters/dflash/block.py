@@ -21,7 +21,7 @@ from draftloom.model_info import ModelInfo
 
 from .context import ContextWindow
 from .model import DFlashModel
-from .one_product import OPERATION, pack_network
+from .one_product import OPERATION, few_rows_in_network, pack_network
 from .packing import Packing
 
 __all__ = [
@@ -306,6 +306,7 @@ def load_drafter(
     if options.packing is not None:
         options.packing.apply(made)
     pack_network(made, context.kernels.use(OPERATION, off="off"))
+    few_rows_in_network(made, context.kernels.use("few-rows"))
     factor = embedding_factor(description, context.target)
     return LoadedDrafter(
         description, made, context.target, target_ids, trained, options.window, factor

@@ -12,6 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from draftloom.kernels import few_rows
 from draftloom.kernels.packed_projections import (
     Decision,
     OneProduct,
@@ -21,7 +22,7 @@ from draftloom.kernels.packed_projections import (
     why_not,
 )
 
-__all__ = ["OPERATION", "PackedContext", "pack_network"]
+__all__ = ["OPERATION", "PackedContext", "few_rows_in_network", "pack_network"]
 
 OPERATION = "packed-drafter"
 _QKV = ("q_proj", "k_proj", "v_proj")
@@ -57,6 +58,26 @@ class PackedContext:
         parts: Any = (mx.split(part, layers, axis=0) for part in (keys, values))
         found_keys, found_values = parts
         return found_keys, found_values
+
+
+def few_rows_in_network(network: Any, use: Any) -> None:
+    """Run a network's products of few rows by a kernel, if that is what `use` says. Packed layers
+    are packed before.
+
+    Args:
+        network: a `DFlashModel`, its weights loaded.
+        use: as `draftloom.kernels.few_rows.product`.
+    """
+    if not few_rows.wanted(use):
+        return
+    use = few_rows.OPERATION.default() if use is None else use
+    for layer in network.layers:
+        for module in (layer.self_attn, layer.mlp):
+            if module.product is not None:
+                module.product.few_rows = use
+    for _, module in list(network.named_modules()):
+        if not isinstance(module, few_rows.Stand):
+            few_rows.exchange(module, use)
 
 
 def pack_network(network: Any, use: Any) -> Decision | None:

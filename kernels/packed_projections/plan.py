@@ -35,12 +35,20 @@ Way = Callable[[mx.array], list[mx.array]]
 """What each layer of a place gives."""
 
 PAYS: dict[str, dict[str, frozenset[str]]] = {
-    "packed-projections": {"cpu": frozenset(), "cuda": frozenset(), "metal": frozenset()},
-    "packed-drafter": {"cpu": frozenset(), "cuda": frozenset(), "metal": frozenset()},
+    "packed-projections": {
+        "cpu": frozenset(),
+        "cuda": frozenset({"attention", "gated-delta", "mlp"}),
+        "metal": frozenset(),
+    },
+    "packed-drafter": {
+        "cpu": frozenset(),
+        "cuda": frozenset({"attention", "context", "mlp"}),
+        "metal": frozenset(),
+    },
 }
-"""What ``auto`` packs, by operation and backend. On the CPU it was timed and made no difference
-(docs/explanation/performance.md). CUDA and Metal are empty because nothing was timed there yet:
-docs/benchmarks/packed_projections.py does."""
+"""What ``auto`` packs, by operation and backend. On the CPU it was timed and made no difference; on
+CUDA all kinds together were timed and paid (docs/explanation/performance.md). Metal is empty
+because nothing was timed there yet: docs/benchmarks/packed_projections.py does."""
 
 TOKENS = (1, 16)
 """Widths that are timed: a plain step and a block."""

@@ -12,6 +12,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from draftloom.kernels import few_rows
+
 __all__ = ["OneProduct", "ProductStack", "why_not"]
 
 _ARRAYS = ("weight", "scales", "biases", "bias")
@@ -62,6 +64,7 @@ class OneProduct:
 
     Attributes:
         sizes: outputs of each layer.
+        few_rows: the implementation of the operation of that name that runs it: MLX's own at first.
 
     Raises:
         ValueError: layers that cannot be one product; says why.
@@ -79,6 +82,7 @@ class OneProduct:
             for name in _names(layers[0])
         }
         self._slices: list[mx.array] = []
+        self.few_rows: Any = "array"
 
     @property
     def arrays(self) -> dict[str, mx.array]:
@@ -121,7 +125,7 @@ class OneProduct:
 
     def __call__(self, x: mx.array) -> list[mx.array]:
         """What each layer gives [..., size] of x [..., D]: views of one array."""
-        return _split(_product(x, self._arrays, self._layers[0]), self._ends)
+        return _split(_product(x, self._arrays, self._layers[0], self.few_rows), self._ends)
 
 
 class ProductStack:
@@ -187,10 +191,14 @@ def _split(x: mx.array, ends: list[int]) -> list[mx.array]:
     return list(parts)
 
 
-def _product(x: mx.array, arrays: Mapping[str, mx.array], like: Any) -> mx.array:
+def _product(
+    x: mx.array, arrays: Mapping[str, mx.array], like: Any, few: Any = "array"
+) -> mx.array:
     """x by the joined weights, with the operations of `nn.Linear` or `nn.QuantizedLinear`."""
     bias = arrays.get("bias")
     if not isinstance(like, nn.QuantizedLinear):
+        if few != "array" and bias is None:
+            return few_rows.product(x, arrays["weight"], use=few)
         weight = mx.swapaxes(arrays["weight"], -1, -2)
         return x @ weight if bias is None else mx.addmm(bias, x, weight)
     found = mx.quantized_matmul(

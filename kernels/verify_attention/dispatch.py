@@ -1,7 +1,8 @@
 """Chooses which implementation serves a call, and says why.
 
-A kernel is chosen by itself only on backends where it has been timed and won (`TIMED`): none yet.
-Until then the array path (MLX's own attention) runs unless a kernel is asked for by name.
+A kernel is chosen by itself only where it has been timed and won: on the backends of `TIMED`, for
+the head sizes of `TIMED_SIZES`. Elsewhere the array path (MLX's own attention) runs unless a kernel
+is asked for by name.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import mlx.core as mx
 from draftloom.device import on_gpu
 
 from . import array, cuda, metal
-from .launch import TIMED, Request
+from .launch import TIMED, TIMED_SIZES, Request
 
 __all__ = ["IMPLEMENTATIONS", "TIMED", "Choice", "attend", "choose"]
 
@@ -67,8 +68,8 @@ def choose(request: Request, use: Any = None) -> Choice:
     rejected: list[tuple[str, str]] = []
     for name in ("metal", "cuda"):
         reason = _MODULES[name].supports(request)
-        if reason is None and name not in TIMED:
-            reason = f"it has not been timed here; --kernel verify-attention={name} takes it"
+        if reason is None and (name not in TIMED or request.size not in TIMED_SIZES):
+            reason = f"it has not been timed so; --kernel verify-attention={name} takes it"
         if reason is None:
             return _logged(_made(name, "it supports this shape here", tuple(rejected)))
         rejected.append((name, reason))

@@ -23,6 +23,7 @@ struct QueryRows {
 METAL_PRELUDE = (
     """
 #define UNROLL
+#define UNROLL_8
 inline float natural_exp(float x) {
   return metal::exp(x);
 }
@@ -141,6 +142,11 @@ __device__ __forceinline__ void mma_16x8x16(
 
 CUDA_FRAGMENTS = (
     """
+#ifdef __CUDACC_RTC__
+#define UNROLL_8 _Pragma("unroll 8")
+#else
+#define UNROLL_8
+#endif
 __device__ __forceinline__ float natural_exp(float x) {
   return expf(x);
 }

@@ -243,6 +243,7 @@ _PARTIAL = (
 
 _COMBINE = """
   constexpr float LOWEST = -1e30f;
+  threadgroup float weights[64];
   const int d = static_cast<int>(simdgroup_index_in_threadgroup) * 32
       + static_cast<int>(thread_index_in_simdgroup);
   const int row = static_cast<int>(threadgroup_position_in_grid.y);
@@ -252,21 +253,43 @@ _COMBINE = """
   const int queries = rows / (Hq / Hkv);
   const int head = pair % Hkv * (Hq / Hkv) + row / queries;
   const size_t first = static_cast<size_t>(pair) * splits * rows + row;
+  // A thread reads what two parts say of themselves (there are at most two a lane), all simdgroups
+  // the same; then every part is added, and none of the reads waits for another.
+  const int lane = static_cast<int>(thread_index_in_simdgroup);
+  const int one = lane < splits ? lane : splits - 1;
+  const int two = lane + 32 < splits ? lane + 32 : splits - 1;
+  const float sum1 = sums[first + static_cast<size_t>(one) * rows];
+  const float sum2 = sums[first + static_cast<size_t>(two) * rows];
+  const float max1 = maxima[first + static_cast<size_t>(one) * rows];
+  const float max2 = maxima[first + static_cast<size_t>(two) * rows];
   float top = @SINK@;
-  for (int s = 0; s < splits; ++s) {
-    const float other = maxima[first + static_cast<size_t>(s) * rows];
+  top = max1 > top ? max1 : top;
+  top = max2 > top ? max2 : top;
+  UNROLL
+  for (int bit = 1; bit < 32; bit <<= 1) {
+    const float other = simd_shuffle_xor(top, bit);
     top = other > top ? other : top;
   }
-  float total = @SINK_WEIGHT@;
+  const float weight1 = lane < splits && sum1 != 0.0f ? natural_exp(max1 - top) : 0.0f;
+  const float weight2 = lane + 32 < splits && sum2 != 0.0f ? natural_exp(max2 - top) : 0.0f;
+  float total = weight1 * sum1 + weight2 * sum2;
+  UNROLL
+  for (int bit = 1; bit < 32; bit <<= 1) {
+    total += simd_shuffle_xor(total, bit);
+  }
+  total += @SINK_WEIGHT@;
+  if (simdgroup_index_in_threadgroup == 0) {
+    weights[lane] = weight1;
+    weights[lane + 32] = weight2;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
   float out = 0.0f;
+  UNROLL_8
   for (int s = 0; s < splits; ++s) {
     const size_t at = first + static_cast<size_t>(s) * rows;
-    const float sum = sums[at];
-    if (sum != 0.0f) {
-      const float weight = natural_exp(maxima[at] - top);
-      total += weight * sum;
-      out += weight * partial[at * D + d];
-    }
+    const float weight = weights[s];
+    const float value = partial[at * D + d];
+    out += weight != 0.0f ? weight * value : 0.0f;
   }
   const size_t to = (static_cast<size_t>(pair / Hkv) * queries + row % queries) * Hq + head;
   y[to * D + d] = static_cast<QT>(total != 0.0f ? out / total : 0.0f);

@@ -417,7 +417,9 @@ def test_families_give_the_same_bits_and_leave_nothing_over(name: str, counted: 
     assert packed.refused == {}
     assert all(map(same, expected, logits()))
     assert len(counted) == 3 * len(places)
-    parts = [part for _, part in model.named_modules() if isinstance(part, packed_module._Part)]
+    parts = [
+        part for _, part in model.named_modules() if isinstance(part, packed_module.PackedPart)
+    ]
     assert all(part._results._input is None for part in parts)
     packed.restore()
 

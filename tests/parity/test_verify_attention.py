@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import attrs
 import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
@@ -92,15 +93,20 @@ def test_what_the_kernel_takes(change: dict[str, Any], reason: str | None) -> No
 
 
 def test_no_kernel_is_chosen_before_it_was_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert frozenset() == verify_attention.TIMED
-    monkeypatch.setitem(dispatch._MODULES, "cuda", _Recorder("cuda"))
+    assert frozenset({"cuda"}) == verify_attention.TIMED
+    other = attrs.evolve(BASE, size=64 if BASE.size == 256 else 256)
+    timed, untimed = (BASE, other) if BASE.size == 256 else (other, BASE)
+    for name in ("cuda", "metal"):
+        monkeypatch.setitem(dispatch._MODULES, name, _Recorder(name))
     choose.cache_clear()
-    assert choose(BASE).name == "array"
-    assert "has not been timed" in dict(choose(BASE).rejected)["cuda"]
-    assert choose(BASE, "cuda").name == "cuda"
-    monkeypatch.setattr(dispatch, "TIMED", frozenset({"cuda"}))
+    assert choose(timed).name == "cuda"
+    assert "has not been timed" in dict(choose(timed).rejected)["metal"]
+    assert choose(untimed).name == "array"
+    assert "has not been timed" in dict(choose(untimed).rejected)["cuda"]
+    assert choose(untimed, "cuda").name == "cuda"
+    monkeypatch.setattr(dispatch, "TIMED", frozenset())
     choose.cache_clear()
-    assert choose(BASE).name == "cuda"
+    assert choose(timed).name == "array"
     choose.cache_clear()
 
 

@@ -1,0 +1,31 @@
+"""Products of few rows with a matrix: what a block of draft tokens makes of every layer.
+
+A library's product of 16 rows asks for its best algorithm at every call, which takes the host
+longer than the product takes the device. Here it is one kernel launch, planned once for a shape.
+
+Importing this package compiles nothing: a kernel is compiled at its first launch.
+
+- :func:`product` runs it.
+- `wanted` says whether a setting of the operation asks for a kernel here.
+"""
+
+from . import array, cuda, reference
+from .dispatch import OPERATION, TIMED, product, wanted
+from .launch import MOST_ROWS, Request
+from .layers import FewRowsEmbedding, FewRowsLinear, Stand, exchange
+
+__all__ = [
+    "MOST_ROWS",
+    "OPERATION",
+    "TIMED",
+    "FewRowsEmbedding",
+    "FewRowsLinear",
+    "Request",
+    "Stand",
+    "array",
+    "cuda",
+    "exchange",
+    "product",
+    "reference",
+    "wanted",
+]
