@@ -15,7 +15,7 @@ from draftloom.errors import ModelError
 
 __all__ = ["DEFAULT_PAIR", "BundledPair", "bundled_pairs", "default_pair"]
 
-DEFAULT_PAIR = "python-24m"
+DEFAULT_PAIR = "python-17m"
 _REQUIRED = (
     "target/config.json",
     "target/model.safetensors",
@@ -30,7 +30,7 @@ class BundledPair:
     """A target and its drafter, as folders.
 
     Attributes:
-        name: The folder's name, such as `python-24m`.
+        name: The folder's name, such as `python-17m`.
         target: Folder that `mlx_lm.load` opens.
         draft: Folder of a DFlash drafter for it.
         description: One line for listings.

@@ -2,7 +2,7 @@
 
     python docs/benchmarks/packed_projections.py OUT.json                     # qwen3.5-4b's shape
     python docs/benchmarks/packed_projections.py OUT.json --bits 4            # quantized
-    python docs/benchmarks/packed_projections.py OUT.json --pair python-24m   # a bundled pair
+    python docs/benchmarks/packed_projections.py OUT.json --pair python-17m   # a bundled pair
 
 A step is begin, forward and abort of a block of M tokens over a context; of the drafter, seven
 committed tokens taken in and a block of slots filled. Several steps depend on one another and are

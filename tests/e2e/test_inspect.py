@@ -212,11 +212,11 @@ def test_doctor_as_json(cli: Callable[..., Any]) -> None:
 
 
 def test_inspect_counts_memory(cli: Callable[..., Any], tmp_path: Path) -> None:
-    target = cli("inspect", "python-24m", "--json").json["memory"]
+    target = cli("inspect", "python-17m", "--json").json["memory"]
     assert target["unit"] == "bytes"
     assert target["weights"] > 6 * 10**7, "in float32, as it is computed on a CPU"
     assert target["caches"] > 4096 * 1000
-    assert cli("inspect", "python-24m-draft", "--json").json["memory"]["weights"] > 10**7
+    assert cli("inspect", "python-17m-draft", "--json").json["memory"]["weights"] > 10**7
     (tmp_path / "config.json").write_text((default_pair().target / "config.json").read_text())
     assert cli("inspect", tmp_path, "--json").json["memory"]["weights"] is None
 

@@ -103,7 +103,7 @@ COVERED = {
     "mlx_lm.utils.get_total_parameters",
     "mlx_lm.utils.load_model",
 }
-TOKENIZER = ROOT / "adapters" / "bundled" / "python-24m" / "target"
+TOKENIZER = ROOT / "adapters" / "bundled" / "python-17m" / "target"
 
 
 def imported_names() -> dict[str, str]:

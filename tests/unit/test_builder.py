@@ -109,7 +109,7 @@ def test_one_name_serves_every_kind_it_can_and_defaults_the_rest(hybrid: str) ->
 
 def test_the_bundled_target_brings_its_drafter() -> None:
     plan = PipelineBuilder(plugins=plugins()).check()
-    assert plan.names["target"] == "python-24m"
+    assert plan.names["target"] == "python-17m"
     assert plan.names["drafter"] == "dflash"
     assert plan.drafter.info.max_width == 15
     assert plan.names["width"] == "auto"

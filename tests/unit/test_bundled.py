@@ -43,7 +43,7 @@ def read_public_pairs() -> list[dict[str, Any]]:
 
 
 def test_default_pair_is_bundled() -> None:
-    assert default_pair() == bundled_pairs()["python-24m"]
+    assert default_pair() == bundled_pairs()["python-17m"]
 
 
 def test_size_of_everything_bundled() -> None:
@@ -134,7 +134,7 @@ def test_tokenizer_fits_vocabulary(pair: BundledPair) -> None:
 
 def test_pair_with_missing_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bundled, "__file__", str(tmp_path / "__init__.py"))
-    with pytest.raises(ModelError, match="python-24m"):
+    with pytest.raises(ModelError, match="python-17m"):
         default_pair()
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "pair.toml").write_text('description = "half a pair"\n')

@@ -348,7 +348,7 @@ def test_third_parties_are_asked_before_the_built_ins(tmp_path: Path) -> None:
     class Theirs:
         @hookimpl
         def locate_model(self, reference: str) -> Path | None:
-            return folder if reference == "python-24m" else None
+            return folder if reference == "python-17m" else None
 
         @hookimpl
         def resolve_cache_rollback(self, cache_kind: CacheKind, target: Any) -> str:
@@ -364,8 +364,8 @@ def test_third_parties_are_asked_before_the_built_ins(tmp_path: Path) -> None:
 
     ours, theirs = plugins(), plugins(Theirs())
     info = ModelInfo.from_path(folder)
-    assert ours.locate_model("python-24m") != folder
-    assert theirs.locate_model("python-24m") == folder
+    assert ours.locate_model("python-17m") != folder
+    assert theirs.locate_model("python-17m") == folder
     assert theirs.locate_model("") == ours.locate_model(""), "None passes the question on"
     assert ours.rollback_for(CacheKind.ATTENTION, None) == "trim"
     assert theirs.rollback_for(CacheKind.ATTENTION, None) == "snapshot"
