@@ -8,13 +8,13 @@ from __future__ import annotations
 __all__ = ["AUDIT_PROMPTS", "DEMO_PROMPT"]
 
 AUDIT_PROMPTS = (
-    "def add(a, b):\n",
+    "def add(a, b):",
     'class Stack:\n    """A last-in, first-out stack."""\n\n    def __init__(self):\n'
-    "        self._items = []\n\n    def push(self, item):\n",
+    "        self._items = []\n\n    def push(self, item):",
     "import json\nfrom pathlib import Path\n\n\ndef read_config(path):\n    text = Path(path)",
     "The three colours of a traffic light are",
-    "def test_empty_list_has_no_maximum():\n    with pytest.raises(ValueError):\n",
-    "# Prüfe Umlaute, 日本語 and emoji 🙂\nNAMES = {\n    'ä': 'a',\n",
+    "def test_empty_list_has_no_maximum():\n    with pytest.raises(ValueError):",
+    "# Prüfe Umlaute, 日本語 and emoji 🙂\nNAMES = {\n    'ä': 'a',",
 )
 """Short and long, code and prose, with and without characters outside ASCII."""
 

@@ -178,7 +178,7 @@ def test_pipeline_shows_how_a_drafter_is_packed(cli: Callable[..., Any], tmp_pat
     written = tomllib.loads(cli("pipeline", "show", file, "--toml").out)
     assert written["drafter"]["bits"] == 4
     assert written["drafter"]["use"] == "dflash"
-    assert "context of the first 64 and the last 384 positions" in shown, "as it was trained"
+    assert "context of the first 64 and the last 448 positions" in shown, "as it was trained"
     file.write_text('drafter = { use = "auto", window = 9, sinks = 0 }\n')
     assert "context of the last 9 positions" in cli("pipeline", "show", file).out
     file.write_text('drafter = { use = "dflash", bits = 4 }\n')  # the known checkpoint, packed

@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx_lm
 import pytest
+from tokenizers import Tokenizer
 
 from draftloom.adapters import bundled
 from draftloom.adapters.bundled import BundledPair, bundled_pairs, convert, default_pair
@@ -68,6 +69,13 @@ def test_import_loads_no_mlx() -> None:
 def test_pair_has_card_and_description(pair: BundledPair) -> None:
     assert pair.description
     assert pair.name in (pair.target.parent / "README.md").read_text("utf-8")
+
+
+def test_text_is_cut_as_the_tokenizer_file_says(pair: BundledPair) -> None:
+    """transformers gives some model types a pre-tokenizer of its own, whatever the file says."""
+    text = "import os\n\n\nclass A:\n    def f(self, x1):\n        return  x1[0] + 2  # it's\n"
+    stored = Tokenizer.from_file(str(pair.target / "tokenizer.json")).encode(text).ids
+    assert mlx_lm.load(str(pair.target), lazy=True)[1].encode(text) == stored
 
 
 @pytest.mark.parametrize("part", ["target", "draft"])
