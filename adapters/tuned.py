@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
+from draftloom.contracts import TargetInfo, TargetOutput
 from draftloom.kernel_settings import KernelSettings
 
 from .attention_module import AttentionLayers
+from .compiled_pass import CompiledPass
 from .early_launch import EarlyLaunch
 from .packed import PackedModel
 from .verify_attention import tune_attention
@@ -24,11 +27,15 @@ class TunedModel:
         attention: the attention modules that can be stood in for; mlx-lm's own run until some are.
         packed: the projections that can run as one product; apart until `tune` says otherwise.
         early: layers launched while later ones are put together; none until `tune` says so.
+        compiled: passes that are traced once and replayed; none until `tune` says so.
     """
+
+    info: TargetInfo
 
     attention: AttentionLayers
     packed: PackedModel
     early: EarlyLaunch
+    compiled: CompiledPass
 
     def _prepare(
         self, model: nn.Module, name: str, attending: Sequence[Any], layers: list[nn.Module] | None
@@ -44,16 +51,33 @@ class TunedModel:
         self.attention = AttentionLayers(attending, name)
         self.packed = PackedModel(model)
         self.early = EarlyLaunch(layers)
+        self.compiled = CompiledPass(model, name)
 
     def tune(self, settings: KernelSettings) -> None:
-        """Pack projections, launch layers early, choose the attention of verify, as the settings
-        say. Taps are set after."""
+        """Pack projections, launch layers early, choose the attention of verify, compile passes,
+        as the settings say. Taps are set after."""
         self.packed.tune(settings)
         self.early.tune(settings)
         tune_attention(self.attention, settings)
+        self.compiled.tune(settings, self.info)
+
+    def forward(self, tokens: mx.array, cache: list[Any]) -> TargetOutput:
+        """Logits [B, T, V] and features [B, T, F] of tokens [B, T] int32."""
+        self.compiled.try_out(self._forward, self.make_cache)
+        output = self.compiled.run(self._forward, tokens, cache)
+        return self._forward(tokens, cache) if output is None else output
+
+    def make_cache(self) -> list[Any]:
+        """Fresh caches, as mlx-lm makes them."""
+        raise NotImplementedError
+
+    def _forward(self, tokens: mx.array, cache: list[Any]) -> TargetOutput:
+        """The pass as it is."""
+        raise NotImplementedError
 
     def _put_back(self) -> None:
         """Put every attention module, projection and layer back. Taps are cleared before."""
+        self.compiled.clear()
         self.attention.restore()
         self.packed.restore()
         self.early.restore()
