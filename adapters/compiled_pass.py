@@ -60,6 +60,13 @@ class On:
         return f"it has {', '.join(others)} caches" if others else None
 
     @staticmethod
+    def why_not_with(settings: KernelSettings) -> str | None:
+        """Why passes run as they are beside other choices; None where they may be compiled."""
+        if not settings.use(EARLY_LAUNCH, off=""):
+            return None
+        return "early launches ask for parts of a pass while it is put together"
+
+    @staticmethod
     def checks() -> Iterator[Check]:
         """Writing, masking and attending at an offset that is an array, compiled, against slices
         at a number."""
@@ -163,9 +170,7 @@ class CompiledPass:
         if not self._wanted:
             self.why_not = "it is off"
             return
-        self.why_not = on.why_not_for(info) or ""
-        if settings.use(EARLY_LAUNCH, off="") and not self.why_not:
-            self.why_not = "early launches ask for parts of a pass while it is put together"
+        self.why_not = on.why_not_for(info) or on.why_not_with(settings) or ""
         self._say()
 
     def clear(self) -> None:

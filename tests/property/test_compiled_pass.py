@@ -230,6 +230,8 @@ def test_early_launches_cannot_be_had_besides(caplog: pytest.LogCaptureFixture) 
         target.tune(KernelSettings.of(ON))
         assert not target.compiled.why_not
     assert "early launches" in caplog.text
+    described = pipelines.builder(models.build("qwen3")).drafter("none").kernels(choices).check()
+    assert "no use here: early launches" in " ".join(described.graph.describe().split())
 
 
 def test_off_by_default_and_prompts_never() -> None:
