@@ -166,8 +166,7 @@ class MlxLmAdapter(TunedModel):
             raise UsageError(f"no layers {outside} to tap, the model has {self.info.num_layers}")
         self._taps.set(layers)
 
-    def forward(self, tokens: mx.array, cache: list[Any]) -> TargetOutput:
-        """Logits [B, T, V] and features [B, T, F] of tokens [B, T] int32."""
+    def _forward(self, tokens: mx.array, cache: list[Any]) -> TargetOutput:
         logits = self.model(tokens, cache=cache)
         return TargetOutput(logits, self._taps.take())
 

@@ -32,7 +32,10 @@ def register_target_adapters(register: Register) -> None:
 
 @hookimpl
 def register_kernels(register: Register) -> None:
-    """When the layers of a pass are launched."""
+    """How a pass is launched: layer by layer, or traced once and replayed."""
+    full = "compiled-pass/on"
+    summary = "the target's pass is traced once and replayed"
+    register(full, "draftloom.adapters.compiled_pass:on", ComponentInfo(full, summary))
     module = "draftloom.adapters.early_launch"
     for name, summary in (("eighths", "a pass in eight pieces"), ("every-layer", "layer by layer")):
         full = f"early-launch/{name}"

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
+from draftloom.contracts import TargetInfo, TargetOutput
 from draftloom.kernel_settings import KernelSettings
 
 from .attention_module import AttentionLayers
+from .compiled_pass import CompiledPass
 from .early_launch import EarlyLaunch
 from .few_rows import FewRows
 from .packed import PackedModel
@@ -26,12 +29,16 @@ class TunedModel:
         packed: the projections that can run as one product; apart until `tune` says otherwise.
         early: layers launched while later ones are put together; none until `tune` says so.
         few: layers whose products of few rows can be a kernel's; mlx-lm's own until `tune`.
+        compiled: passes that are traced once and replayed; none until `tune` says so.
     """
+
+    info: TargetInfo
 
     attention: AttentionLayers
     packed: PackedModel
     early: EarlyLaunch
     few: FewRows
+    compiled: CompiledPass
 
     def _prepare(
         self, model: nn.Module, name: str, attending: Sequence[Any], layers: list[nn.Module] | None
@@ -48,18 +55,35 @@ class TunedModel:
         self.packed = PackedModel(model)
         self.early = EarlyLaunch(layers)
         self.few = FewRows(model, self.packed)
+        self.compiled = CompiledPass(model, name)
 
     def tune(self, settings: KernelSettings) -> None:
-        """Pack projections, launch layers early, choose the attention of verify, as the settings
-        say. Taps are set after."""
+        """Pack projections, launch layers early, choose the attention of verify, compile passes,
+        as the settings say. Taps are set after."""
         self.few.restore()
         self.packed.tune(settings)
         self.few.tune(settings)
         self.early.tune(settings)
         tune_attention(self.attention, settings)
+        self.compiled.tune(settings, self.info)
+
+    def forward(self, tokens: mx.array, cache: list[Any]) -> TargetOutput:
+        """Logits [B, T, V] and features [B, T, F] of tokens [B, T] int32."""
+        self.compiled.try_out(self._forward, self.make_cache)
+        output = self.compiled.run(self._forward, tokens, cache)
+        return self._forward(tokens, cache) if output is None else output
+
+    def make_cache(self) -> list[Any]:
+        """Fresh caches, as mlx-lm makes them."""
+        raise NotImplementedError
+
+    def _forward(self, tokens: mx.array, cache: list[Any]) -> TargetOutput:
+        """The pass as it is."""
+        raise NotImplementedError
 
     def _put_back(self) -> None:
         """Put every attention module, projection and layer back. Taps are cleared before."""
+        self.compiled.clear()
         self.attention.restore()
         self.few.restore()
         self.packed.restore()

@@ -62,8 +62,11 @@ class VerifyAttention:
             found = self._choices[key] = choose(request, self._use)
         return found
 
-    def _valid(self, length: int, rows: int) -> mx.array:
-        """One array for all layers of a pass: they end at the same length."""
+    def _valid(self, length: int | mx.array, rows: int) -> mx.array:
+        """One array for all layers of a pass: they end at the same length. Of a length that is an
+        array, in a pass that is traced, each layer makes its own."""
+        if isinstance(length, mx.array):
+            return lengths_of(length, rows)
         if self._lengths is None or self._lengths[0] != (length, rows):
             self._lengths = ((length, rows), lengths_of(length, rows))
         return self._lengths[1]

@@ -145,8 +145,7 @@ class WholeModelAdapter(TunedModel):
         elif layers:
             raise self._refuse()
 
-    def forward(self, tokens: mx.array, cache: list[Any]) -> TargetOutput:
-        """Logits [B, T, V] and features [B, T, F] of tokens [B, T] int32."""
+    def _forward(self, tokens: mx.array, cache: list[Any]) -> TargetOutput:
         logits = self.model(tokens, cache=cache)
         return TargetOutput(logits, None if self._taps is None else self._taps.take())
 

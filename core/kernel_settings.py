@@ -29,6 +29,7 @@ __all__ = [
     "operations",
     "resolve_kernels",
     "tune_by_default",
+    "without_use",
 ]
 
 AUTO, OFF = "auto", "off"
@@ -152,6 +153,11 @@ class Implementation:
         ask = getattr(self.factory, "why_not_for", None)
         return None if ask is None else ask(target)
 
+    def why_not_with(self, settings: KernelSettings) -> str | None:
+        """Why it has nothing to do beside other choices; None where it may have."""
+        ask = getattr(self.factory, "why_not_with", None)
+        return None if ask is None else ask(settings)
+
 
 def implementations(plugins: PluginManager) -> list[Implementation]:
     """Every registered implementation, in order of registration.
@@ -235,6 +241,23 @@ def resolve_kernels(
         notes.append(f"the self-test's record is left aside: {record.ignored}")
     choices = (*settings.choices, *((operation, OFF) for operation in turned_off))
     return KernelSettings(choices, tuple(objects), tuple(notes)), problems
+
+
+def without_use(settings: KernelSettings, plugins: PluginManager, target: TargetInfo) -> list[str]:
+    """Of the implementations chosen by name, which have nothing to do in a target or beside the
+    other choices, and why.
+
+    Args:
+        settings: without problems.
+        plugins: where implementations are registered.
+        target: from the adapter's `describe`.
+    """
+    chosen = [f"{operation}/{choice}" for operation, choice in settings.choices if choice != OFF]
+    found = [_implementation(plugins, full) for full in chosen]
+    reasons = [
+        (one.full_name, one.why_not_for(target) or one.why_not_with(settings)) for one in found
+    ]
+    return [f"{name} has no use here: {reason}" for name, reason in reasons if reason is not None]
 
 
 def tune_by_default(component: Any, plugins: PluginManager) -> None:

@@ -19,5 +19,10 @@ class KVCacheView:
     def __init__(self, entry: Any) -> None:
         self._entry = entry
 
+    @property
+    def whole(self) -> Any:
+        """The cache."""
+        return self._entry
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._entry, name)

@@ -164,6 +164,11 @@ class RecordingEntry:
         return index in (-1, len(self.slots) - 1)
 
     @property
+    def padded(self) -> bool:
+        """Whether the cache pads its rows."""
+        return self._entry.lengths is not None or self._entry.left_padding is not None
+
+    @property
     def lengths(self) -> Any:
         """Per-row lengths of a padded batch, as the cache has them."""
         return self._entry.lengths
@@ -185,5 +190,5 @@ class RecordingEntry:
         Raises:
             ValueError: the cache pads its rows; padded rows cannot be verified.
         """
-        if self._entry.lengths is not None or self._entry.left_padding is not None:
+        if self.padded:
             raise ValueError("a padded batch cannot be verified with a recorded tape")

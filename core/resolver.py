@@ -38,7 +38,7 @@ from draftloom.errors import (
     did_you_mean,
 )
 from draftloom.graph import Graph, Node, standard_nodes
-from draftloom.kernel_settings import KernelSettings, resolve_kernels
+from draftloom.kernel_settings import KernelSettings, resolve_kernels, without_use
 from draftloom.kv_cache import QuantizesKV
 from draftloom.model_info import ModelInfo
 from draftloom.plugins import PluginManager, canonical
@@ -97,6 +97,7 @@ class Resolver:
         self._auto: ComponentSpec | None = None
         self._folders: list[Path] = []
         self._kernels = KernelSettings()
+        self._without_use: list[str] = []
 
     def blueprint(self) -> Blueprint:
         model = self._model()
@@ -105,7 +106,7 @@ class Resolver:
         target: TargetInfo = attrs.evolve(adapter.describe(model), adapter=component.name)
         self._check_dtype()
         self._check_kv_cache(adapter, component.name, model)
-        self._attempt("kernels", self._resolve_kernels)
+        self._attempt("kernels", partial(self._resolve_kernels, target))
         sampling = self._attempt("sampling", partial(self._sampling, target.vocab_size))
         drafter = self._drafter(target, model)
         verifier = self._make("verifier", self.spec.verifier)
@@ -176,9 +177,11 @@ class Resolver:
             message = f"{model.model_type} cannot run on quantized caches: {reason}"
             self._problem("kv_cache", message, "leave kv_bits out")
 
-    def _resolve_kernels(self) -> None:
+    def _resolve_kernels(self, target: TargetInfo) -> None:
         self._kernels, problems = resolve_kernels(self.spec.kernels, self.plugins)
         self.problems += problems
+        if not problems:
+            self._without_use = without_use(self._kernels, self.plugins, target)
 
     def _sampling(self, vocab_size: int) -> SamplingParams:
         known = (*SAMPLING_KEYS, "logits_processors")
@@ -366,6 +369,7 @@ class Resolver:
             notes += (("kv cache", str(self.spec.kv_cache)),)
         if self._kernels.choices:
             notes += (("kernels", str(self._kernels)),)
+        notes += tuple(("kernels", note) for note in self._without_use)
         notes += tuple(("self-test", note) for note in self._kernels.notes)
         if not acceptance.info.lossless:
             notes += (

@@ -112,7 +112,7 @@ def doctor(
 
 def _report(plugins: PluginManager, target: str, flags: PipelineFlags) -> dict[str, Any]:
     from draftloom.errors import GraphError
-    from draftloom.kernel_settings import implementations, resolve_kernels
+    from draftloom.kernel_settings import implementations, resolve_kernels, without_use
     from draftloom.model_info import ModelInfo
 
     settings, problems = resolve_kernels(flags.builder(plugins).spec.kernels, plugins)
@@ -144,7 +144,7 @@ def _report(plugins: PluginManager, target: str, flags: PipelineFlags) -> dict[s
         "memory": _memory(plugins, flags, known=drafter is not None),
         "kernels": {
             "self_test": _self_test(),
-            "notes": list(settings.notes),
+            "notes": [*settings.notes, *without_use(settings, plugins, info)],
             "registered": {one.full_name: one.summary for one in found},
             "operations": {
                 one.operation: _operation(one.operation, settings, found) for one in found

@@ -53,6 +53,7 @@ KERNELS = (
     "packed-drafter=packed",
     "early-launch=eighths",
     "early-launch=every-layer",
+    "compiled-pass=on",
 )
 SIZES, BLOCK, KEPT, WARM_UP = (1, 2, 4, 8, 16), 16, 8, 4
 Times = dict[str, float]
@@ -60,10 +61,12 @@ Times = dict[str, float]
 
 def settings_of(kernels: list[str]) -> dict[str, dict[str, str]]:
     """Choices by operation, by name of the setting; of two of one operation, "all on" has the
-    first."""
+    first. Compiled passes cannot have early launches, so that "all on" has none beside them."""
     pairs = [tuple(text.split("=", 1)) for text in kernels]
     off = {operation: "off" for operation, _ in pairs if operation != "gated-delta"}
     first = dict(reversed(pairs))
+    if "compiled-pass" in first:
+        first.pop("early-launch", None)
     singles = {f"{name}={choice}": off | {name: choice} for name, choice in pairs}
     return {"off": off, "all on": off | first, **singles}
 

@@ -1,0 +1,312 @@
+"""A pass of the target that is traced once and replayed: the kernel operation ``compiled-pass``.
+
+MLX builds the graph of a pass anew each time, in Python. `mx.compile` keeps the graph of the first
+pass of each form; later ones are one call. Whatever changes from pass to pass is an input of that
+call (tokens, the caches' offset and arrays), whatever the pass changes is an output. The weights
+are part of the graph: where somebody exchanges one, or a module, it is traced again.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import ArraysCache
+
+from draftloom.contracts import CacheKind, ComponentInfo, TargetInfo, TargetOutput
+from draftloom.kernel_settings import OFF, KernelSettings
+from draftloom.kernels.check import Check
+from draftloom.recording import RecordingEntry
+
+from .early_launch import OPERATION as EARLY_LAUNCH
+from .traced_caches import Port, TracedKVCache, port_of
+
+__all__ = ["MODEL_TYPES", "MOST_TOKENS", "MOST_TRACES", "OPERATION", "CompiledPass", "on"]
+
+OPERATION = "compiled-pass"
+MODEL_TYPES = (
+    "qwen3_5", "qwen3_5_moe", "qwen3_next", "qwen2", "qwen3", "qwen3_moe", "llama", "mistral",
+)  # fmt: skip
+"""Model types whose compiled passes are tested against plain mlx-lm."""
+MOST_TOKENS = 32
+"""A pass over more, as a prompt is, runs as it is."""
+MOST_TRACES = 32
+"""Forms whose graphs are kept; the one that was not used for longest goes first."""
+_KINDS = (CacheKind.ATTENTION, CacheKind.GATED_DELTA)
+_log = logging.getLogger("draftloom.kernels")
+
+Forward = Callable[[mx.array, list[Any]], TargetOutput]
+
+
+class On:
+    """The operation's one implementation."""
+
+    name = "on"
+    info = ComponentInfo(f"{OPERATION}/on", "a pass is traced once and replayed")
+
+    @staticmethod
+    def why_not_for(target: TargetInfo) -> str | None:
+        """Why a target's passes run as they are; None where they may be compiled."""
+        if target.model_type not in MODEL_TYPES:
+            return f"{target.model_type} was not tested with compiled passes"
+        others = sorted({str(kind) for kind in target.cache_kinds if kind not in _KINDS})
+        return f"it has {', '.join(others)} caches" if others else None
+
+    @staticmethod
+    def why_not_with(settings: KernelSettings) -> str | None:
+        """Why passes run as they are beside other choices; None where they may be compiled."""
+        if not settings.use(EARLY_LAUNCH, off=""):
+            return None
+        return "early launches ask for parts of a pass while it is put together"
+
+    @staticmethod
+    def checks() -> Iterator[Check]:
+        """Writing, masking and attending at an offset that is an array, compiled, against slices
+        at a number."""
+        for held, tokens in ((3, 1), (60, 4)):
+            yield Check(
+                f"attention float32 N{held} T{tokens}",
+                partial(_attend, held, tokens, traced=True),
+                partial(_attend, held, tokens, traced=False),
+                (1.6e-2,) * 2,
+            )
+
+
+on = On()
+
+
+def _attend(held: int, tokens: int, *, traced: bool) -> list[mx.array]:
+    keys, values, new, queries = (
+        mx.random.normal((1, 2, rows, 64), key=key)
+        for rows, key in zip(
+            (64, 64, tokens, tokens), mx.random.split(mx.random.key(3), 4), strict=True
+        )
+    )
+
+    def at(keys: mx.array, values: mx.array, offset: mx.array) -> list[mx.array]:
+        cache = TracedKVCache(keys, values, offset)
+        mask = cache.make_mask(tokens)
+        k, v = cache.update_and_fetch(new, new)
+        y = mx.fast.scaled_dot_product_attention(queries, k, v, scale=0.125, mask=mask)
+        return [y, k]
+
+    if traced:
+        given: list[mx.array] = mx.compile(at)(keys, values, mx.array([held]))
+        return given
+    end = held + tokens
+    k, v = (
+        mx.concatenate([x[..., :held, :], new, x[..., end:, :]], axis=2) for x in (keys, values)
+    )
+    mask = mx.arange(end)[None] <= held + mx.arange(tokens)[:, None]
+    y = mx.fast.scaled_dot_product_attention(
+        queries, k[..., :end, :], v[..., :end, :], scale=0.125, mask=mask
+    )
+    return [y, k]
+
+
+class _Trace:
+    """The graph of all passes of one form."""
+
+    def __init__(self, forward: Forward, forms: Sequence[Any], counts: Sequence[int]) -> None:
+        ends = [sum(counts[:i]) for i in range(len(counts) + 1)]
+        self.layouts: list[tuple[int, Any]] = []
+        self.has_features = False
+
+        def run(tokens: mx.array, offset: mx.array, arrays: list[mx.array]) -> list[mx.array]:
+            caches = [
+                form.trace(arrays[first:last], offset)
+                for form, (first, last) in zip(forms, pairwise(ends), strict=True)
+            ]
+            output = forward(tokens, caches)
+            self.layouts, self.has_features = [], output.features is not None
+            given = [output.logits]
+            if output.features is not None:
+                given.append(output.features)
+            for form, cache in zip(forms, caches, strict=True):
+                found, layout = form.results(cache)
+                self.layouts.append((len(found), layout))
+                given += found
+            return given
+
+        self.run: Callable[..., list[mx.array]] = mx.compile(run)
+
+
+class CompiledPass:
+    """The traces of one model.
+
+    Args:
+        model: as the adapter runs it, stand-ins included.
+        name: for messages.
+
+    Attributes:
+        why_not: why no pass is compiled; empty while they are.
+        traced: passes that were traced so far.
+        replayed: passes that were one call.
+    """
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        self._model = model
+        self._name = name
+        self._wanted = False
+        self._tried = False
+        self._traces: OrderedDict[Any, _Trace] = OrderedDict()
+        self._parts: list[tuple[Any, Any, Any]] = []
+        self.why_not = "it is off"
+        self.traced = 0
+        self.replayed = 0
+
+    def tune(self, settings: KernelSettings, info: TargetInfo) -> None:
+        """Compile passes, or not, as ``compiled-pass`` is chosen; not by default. Drops what was
+        traced."""
+        self.clear()
+        self._wanted, self._tried = settings.use(OPERATION, off=OFF) not in (None, OFF), False
+        if not self._wanted:
+            self.why_not = "it is off"
+            return
+        self.why_not = on.why_not_for(info) or on.why_not_with(settings) or ""
+        self._say()
+
+    def clear(self) -> None:
+        """Drop what was traced, and the weights that it holds."""
+        self._traces.clear()
+        self._parts = []
+
+    def run(self, forward: Forward, tokens: mx.array, cache: list[Any]) -> TargetOutput | None:
+        """The pass, caches written; None where it is to run as it is.
+
+        Args:
+            forward: the pass as it is; it is traced.
+            tokens: [B, T] int32.
+            cache: what the pass is given, one entry a layer.
+
+        Raises:
+            Exception: what the pass raises while it is traced; the caches are as before it.
+        """
+        if self.why_not or tokens.shape[1] > MOST_TOKENS:
+            return None
+        ports, offset = _ports(tokens, cache)
+        if ports is None:
+            return None
+        self._look_for_exchanges()
+        key = (tokens.shape, tokens.dtype, str(mx.default_device()), threading.get_ident())
+        trace = self._trace((*key, *(port.form for port in ports)), forward, ports)
+        arrays = [array for port in ports for array in port.take()]
+        try:
+            # A list of its own: MLX leaves placeholders in it where tracing fails.
+            start = mx.full((1,), offset, dtype=mx.int32)
+            given = trace.run(tokens, start, list(arrays))
+        except BaseException:
+            counts = [port.count for port in ports]
+            _deal(ports, counts, arrays, lambda port, part: port.put_back(part))
+            raise
+        del arrays  # nobody but the graph holds them now: buffers are written where they lie
+        logits, rest = given[0], given[1 + trace.has_features :]
+        layouts = iter(trace.layouts)
+        _deal(
+            ports,
+            [count for count, _ in trace.layouts],
+            rest,
+            lambda port, part: port.store(part, next(layouts)[1], tokens.shape[1]),
+        )
+        self.replayed += 1
+        return TargetOutput(logits, given[1] if trace.has_features else None)
+
+    def try_out(self, forward: Forward, make_cache: Callable[[], list[Any]]) -> None:
+        """Before the first pass: trace passes of one token and of several, recorded and not, on
+        caches that are never computed. What cannot be traced is said once, and runs as it is."""
+        if self.why_not or self._tried:
+            return
+        self._tried = True
+        cache = make_cache()
+        try:
+            forward(mx.zeros((1, 2), dtype=mx.int32), cache)
+            for tokens in (1, 3):
+                entries = [_recording(entry) if tokens > 1 else entry for entry in cache]
+                self.run(forward, mx.zeros((1, tokens), dtype=mx.int32), entries)
+        except Exception as error:  # noqa: BLE001 said, and kept in `why_not`
+            self.why_not = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            self._say()
+        self.clear()
+        self.traced = self.replayed = 0
+
+    def _look_for_exchanges(self) -> None:
+        """Drop every trace if a weight or a module is another than when they were traced."""
+        for owner, key, part in self._parts:
+            if owner[key] is not part:
+                _log.info("%s of %s: a module or a weight was exchanged", OPERATION, self._name)
+                self.clear()
+                return
+
+    def _trace(self, key: Any, forward: Forward, ports: Sequence[Port]) -> _Trace:
+        trace = self._traces.get(key)
+        if trace is not None:
+            self._traces.move_to_end(key)
+            return trace
+        if not self._parts:
+            self._parts = list(_parts_of(self._model))
+            # What is lazy would be computed again in every pass.
+            mx.eval([part for _, _, part in self._parts if isinstance(part, mx.array)])
+        trace = _Trace(forward, [p.form for p in ports], [p.count for p in ports])
+        self._traces[key] = trace
+        if len(self._traces) > MOST_TRACES:
+            self._traces.popitem(last=False)
+        self.traced += 1
+        return trace
+
+    def _say(self) -> None:
+        if self.why_not:
+            said = "%s: passes of %s run as they are: %s"
+            _log.warning(said, OPERATION, self._name, self.why_not)
+
+
+def _ports(tokens: mx.array, cache: list[Any]) -> tuple[list[Port] | None, int]:
+    """The ports of a pass, and where its key/value caches end; None where one has no port, or they
+    end at different places."""
+    ports: list[Port] = []
+    offsets = set()
+    for entry in cache:
+        port = port_of(entry, tokens.shape[1], tokens.shape[0])
+        if isinstance(port, str):
+            return None, 0
+        if hasattr(entry, "offset"):
+            offsets.add(entry.offset)
+        ports.append(port)
+    return (ports, max(offsets, default=0)) if len(offsets) < 2 else (None, 0)
+
+
+def _deal(
+    ports: Sequence[Port],
+    counts: Sequence[int],
+    arrays: list[mx.array],
+    give: Callable[[Port, list[mx.array]], None],
+) -> None:
+    """Give each port its part of the arrays."""
+    start = 0
+    for port, count in zip(ports, counts, strict=True):
+        give(port, arrays[start : start + count])
+        start += count
+
+
+def _recording(entry: Any) -> Any:
+    return RecordingEntry(entry) if isinstance(entry, ArraysCache) else entry
+
+
+def _parts_of(value: Any, seen: set[int] | None = None) -> Iterator[tuple[Any, Any, Any]]:
+    """(owner, key, part) of every array and module below a module, private ones included, and of
+    the lists and tables that hold them."""
+    seen = set() if seen is None else seen
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+        if isinstance(part, mx.array | dict | list | tuple):
+            yield value, key, part
+        if isinstance(part, dict | list | tuple):
+            yield from _parts_of(part, seen)

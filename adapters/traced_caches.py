@@ -1,0 +1,294 @@
+"""Caches of a pass that is traced once and replayed: what goes in, what comes out.
+
+A *port* stands at one cache of one pass. Its *form* says all that a trace depends on, shapes and
+types, and holds no array: equal forms share a trace. While the pass is traced the model sees
+stand-ins over placeholders; afterwards the arrays that the replay gave go into the real cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import attrs
+import mlx.core as mx
+from mlx_lm.models.cache import ArraysCache, KVCache
+
+from draftloom.kernels.gated_delta import row_counts
+from draftloom.kv_view import KVCacheView
+from draftloom.recording import Deferred, DeferredSlots, RecordingEntry
+
+__all__ = ["Port", "TracedKVCache", "port_of"]
+
+Shape = tuple[tuple[int, ...], mx.Dtype]
+
+
+class TracedKVCache(KVCacheView):
+    """A key/value cache at its allocated length, at an offset that is an array.
+
+    Args:
+        keys, values: [B, Hkv, N, D], all allocated rows.
+        offset: [1] int32, the rows that are valid.
+    """
+
+    def __init__(self, keys: mx.array, values: mx.array, offset: mx.array) -> None:
+        super().__init__(None)
+        self.keys, self.values, self.offset = keys, values, offset
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Write [B, Hkv, T, D] at the offset and give all allocated rows."""
+        self.keys = mx.slice_update(self.keys, keys, self.offset, axes=(2,))
+        self.values = mx.slice_update(self.values, values, self.offset, axes=(2,))
+        self.offset = self.offset + keys.shape[2]
+        return self.keys, self.values
+
+    def make_mask(
+        self, tokens: int, return_array: bool = False, window_size: int | None = None
+    ) -> mx.array:
+        """Which rows each of T queries may see: itself and what is before it, [T, N] bool."""
+        query = self.offset + mx.arange(tokens)[:, None]
+        key = mx.arange(self.keys.shape[2])[None]
+        mask = key <= query
+        return mask if window_size is None else mask & (query < key + window_size)
+
+
+@attrs.frozen
+class _KVForm:
+    """A plain key/value cache: keys and values as allocated."""
+
+    keys: Shape
+    values: Shape
+
+    def trace(self, arrays: Sequence[mx.array], offset: mx.array) -> TracedKVCache:
+        return TracedKVCache(arrays[0], arrays[1], offset)
+
+    def results(self, traced: TracedKVCache) -> tuple[list[mx.array], None]:
+        return [traced.keys, traced.values], None
+
+
+@attrs.frozen
+class _SlotsForm:
+    """The slots of a recurrent cache that a layer replaces; None is a slot that is empty."""
+
+    slots: tuple[Shape | None, ...]
+
+    def trace(self, arrays: Sequence[mx.array], offset: mx.array) -> Any:
+        return _slots_cache(_fill(self.slots, arrays))
+
+    def results(self, traced: Any) -> tuple[list[mx.array], None]:
+        return list(traced.cache), None
+
+
+@attrs.frozen
+class _RecordForm:
+    """A recurrent cache that records, with a state that is there or left to be replayed.
+
+    Attributes:
+        slots: working slots; the last is None where the state is deferred.
+        defers: as the entry has it.
+        left: state, then tape, of the deferred state; empty where none is.
+        tape: the tape's class.
+        rows: B.
+        replay: how a deferred state comes about; the same for all passes of a tuned model.
+    """
+
+    slots: tuple[Shape | None, ...]
+    defers: bool
+    left: tuple[Shape, ...] = ()
+    tape: Any = None
+    rows: int = 1
+    replay: Callable[..., mx.array] | None = attrs.field(default=None, eq=False)
+
+    def trace(self, arrays: Sequence[mx.array], offset: mx.array) -> RecordingEntry:
+        slots = _fill(self.slots, arrays)
+        if self.left:
+            assert self.replay is not None
+            state, *tape, count = arrays[-len(self.left) - 1 :]
+            deferred = Deferred(state, self.tape(*tape), count, self.replay)
+            slots = DeferredSlots(slots[:-1], deferred)
+        return RecordingEntry(_slots_cache(slots), self.defers)
+
+    def results(self, traced: RecordingEntry) -> tuple[list[mx.array], _Recorded]:
+        tape, windows, after = traced.tapes[0], traced.windows[0], traced.deferred
+        parts = [] if tape is None else _parts(tape)
+        slots = [slot for slot in traced.slots if slot is not None]
+        recorded = _Recorded(
+            tuple(slot is None for slot in traced.slots),
+            len(windows),
+            None if tape is None else type(tape),
+            len(parts),
+            None if after is None else (after.count, after.replay),
+        )
+        state = [] if after is None else [after.state]
+        return [*slots, *windows, *parts, *state], recorded
+
+
+@attrs.frozen(eq=False)
+class _Recorded:
+    """How the arrays that a recording layer gave are laid out.
+
+    Attributes:
+        empty: for each slot, whether nothing is in it.
+        windows: how many inputs of convolutions.
+        tape, parts: class and arrays of the tape; a class of None is no tape.
+        after: count and replay of the state after the pass, where that is deferred; None where a
+            slot has it.
+    """
+
+    empty: tuple[bool, ...]
+    windows: int
+    tape: Any
+    parts: int
+    after: Any
+
+
+class Port:
+    """One cache of one pass.
+
+    Attributes:
+        form: what a trace depends on.
+        count: arrays that go in.
+    """
+
+    form: Any
+    count: int
+
+    def take(self) -> list[mx.array]:
+        """The arrays that go in. A key/value cache lets go of its own, so that the device can
+        write where they lie."""
+        raise NotImplementedError
+
+    def put_back(self, arrays: Sequence[mx.array]) -> None:
+        """Nothing was run: the arrays of `take` are the cache's again."""
+
+    def store(self, arrays: Sequence[mx.array], layout: Any, tokens: int) -> None:
+        """Put the arrays that came out into the cache, which is T tokens further."""
+        raise NotImplementedError
+
+
+class _KVPort(Port):
+    def __init__(self, cache: Any, tokens: int) -> None:
+        self._cache = cache
+        _make_room(cache, tokens)
+        self.form = _KVForm(_shape(cache.keys), _shape(cache.values))
+        self.count = 2
+
+    def take(self) -> list[mx.array]:
+        arrays = [self._cache.keys, self._cache.values]
+        self._cache.keys = self._cache.values = None
+        return arrays
+
+    def put_back(self, arrays: Sequence[mx.array]) -> None:
+        self._cache.keys, self._cache.values = arrays
+
+    def store(self, arrays: Sequence[mx.array], layout: Any, tokens: int) -> None:
+        self._cache.keys, self._cache.values = arrays
+        self._cache.offset += tokens
+
+
+class _SlotsPort(Port):
+    def __init__(self, cache: Any) -> None:
+        self._cache = cache
+        self._slots = list(cache.cache)
+        self.form = _SlotsForm(_shapes(self._slots))
+        self.count = _filled(self._slots)
+
+    def take(self) -> list[mx.array]:
+        return [slot for slot in self._slots if slot is not None]
+
+    def store(self, arrays: Sequence[mx.array], layout: Any, tokens: int) -> None:
+        self._cache.cache = list(arrays)
+
+
+class _RecordPort(Port):
+    def __init__(self, entry: RecordingEntry, rows: int) -> None:
+        self._entry = entry
+        left = entry.deferred
+        slots = entry.slots if left is None else [*entry.slots[:-1], None]
+        self._arrays = [slot for slot in slots if slot is not None]
+        if left is None:
+            self.form = _RecordForm(_shapes(slots), entry.defers)
+        else:
+            given = [left.state, *_parts(left.tape)]
+            self.form = _RecordForm(
+                _shapes(slots),
+                entry.defers,
+                tuple(_shape(a) for a in given),
+                type(left.tape),
+                rows,
+                left.replay,
+            )
+            self._arrays += [*given, row_counts(left.count, rows)]
+        self.count = len(self._arrays)
+
+    def take(self) -> list[mx.array]:
+        return self._arrays
+
+    def store(self, arrays: Sequence[mx.array], layout: Any, tokens: int) -> None:
+        given = iter(arrays)
+        self._entry.slots = [None if empty else next(given) for empty in layout.empty]
+        windows = [next(given) for _ in range(layout.windows)]
+        parts = [next(given) for _ in range(layout.parts)]
+        tape = None if layout.tape is None else layout.tape(*parts)
+        after = layout.after
+        deferred = None if after is None else Deferred(next(given), tape, *after)
+        self._entry.record(tape, *windows, after=deferred)
+
+
+def port_of(entry: Any, tokens: int, rows: int) -> Port | str:
+    """The port of what a pass was given as a cache, or why it has none.
+
+    Args:
+        entry: a plain `KVCache` or a view of one, an `ArraysCache`, a `RecordingEntry`.
+        tokens: T of the pass; a key/value cache gets room for them.
+        rows: B.
+    """
+    if isinstance(entry, RecordingEntry):
+        return "its rows are padded" if entry.padded else _RecordPort(entry, rows)
+    cache = entry.whole if isinstance(entry, KVCacheView) else entry
+    if type(cache) is KVCache:
+        return "a cache is empty" if cache.keys is None else _KVPort(cache, tokens)
+    if type(cache) is ArraysCache:
+        padded = cache.lengths is not None or cache.left_padding is not None
+        return "its rows are padded" if padded else _SlotsPort(cache)
+    return f"it has a {type(cache).__name__}"
+
+
+def _make_room(cache: Any, tokens: int) -> None:
+    """Allocate rows for T more tokens, up to a multiple of mlx-lm's step."""
+    held, needed = cache.keys.shape[2], cache.offset + tokens
+    if needed <= held:
+        return
+    length = -(-needed // cache.step) * cache.step
+    for name in ("keys", "values"):
+        old = getattr(cache, name)
+        more = mx.zeros((*old.shape[:2], length - held, old.shape[3]), old.dtype)
+        setattr(cache, name, mx.concatenate([old, more], axis=2))
+
+
+def _shape(array: mx.array) -> Shape:
+    return tuple(array.shape), array.dtype
+
+
+def _shapes(slots: Sequence[mx.array | None]) -> tuple[Shape | None, ...]:
+    return tuple(None if slot is None else _shape(slot) for slot in slots)
+
+
+def _filled(slots: Sequence[Any]) -> int:
+    return sum(slot is not None for slot in slots)
+
+
+def _fill(shapes: Sequence[Shape | None], arrays: Sequence[mx.array]) -> list[Any]:
+    given = iter(arrays)
+    return [None if shape is None else next(given) for shape in shapes]
+
+
+def _slots_cache(slots: list[Any]) -> Any:
+    cache: Any = ArraysCache(len(slots))
+    cache.cache = slots
+    return cache
+
+
+def _parts(tape: Any) -> list[mx.array]:
+    """The arrays of a tape, in the order of its constructor."""
+    return [getattr(tape, field.name) for field in attrs.fields(type(tape))]
