@@ -238,11 +238,17 @@ class CompiledPass:
 
     def _look_for_exchanges(self) -> None:
         """Drop every trace if a weight or a module is another than when they were traced."""
-        for owner, key, part in self._parts:
-            if owner[key] is not part:
-                _log.info("%s of %s: a module or a weight was exchanged", OPERATION, self._name)
-                self.clear()
-                return
+        try:
+            exchanged = False
+            for owner, key, part in self._parts:
+                if owner[key] is not part:
+                    exchanged = True
+                    break
+        except LookupError:  # it is not there any more
+            exchanged = True
+        if exchanged:
+            _log.info("%s of %s: a module or a weight was exchanged", OPERATION, self._name)
+            self.clear()
 
     def _trace(self, key: Any, forward: Forward, ports: Sequence[Port]) -> _Trace:
         trace = self._traces.get(key)

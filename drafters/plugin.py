@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from draftloom.checkpoint import DrafterDescription
+from draftloom.contracts import ComponentInfo
 from draftloom.hookspecs import Register, hookimpl
 from draftloom.model_info import ModelInfo
 from draftloom.spec import ComponentSpec
 
-__all__ = ["read_drafter_checkpoint", "register_drafters", "resolve_drafter_checkpoint"]
+__all__ = [
+    "read_drafter_checkpoint",
+    "register_drafters",
+    "register_kernels",
+    "resolve_drafter_checkpoint",
+]
 
 
 @hookimpl
@@ -22,6 +28,13 @@ def register_drafters(register: Register) -> None:
     register("prompt-lookup", "draftloom.drafters.prompt_lookup:PromptLookupDrafter")
     register("cascade", "draftloom.drafters.cascade:CascadeDrafter")
     register("none", "draftloom.drafters.none:NoDrafter")
+
+
+@hookimpl
+def register_kernels(register: Register) -> None:
+    """How a drafter's pass is launched."""
+    full, summary = "compiled-draft/on", "a drafter's pass over a block is traced once and replayed"
+    register(full, "draftloom.drafters.dflash.compiled:on", ComponentInfo(full, summary))
 
 
 @hookimpl(trylast=True)

@@ -54,6 +54,7 @@ KERNELS = (
     "early-launch=eighths",
     "early-launch=every-layer",
     "compiled-pass=on",
+    "compiled-draft=on",
 )
 SIZES, BLOCK, KEPT, WARM_UP = (1, 2, 4, 8, 16), 16, 8, 4
 Times = dict[str, float]

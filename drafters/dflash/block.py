@@ -19,6 +19,7 @@ from draftloom.errors import CheckpointWarning, ModelError, Problem
 from draftloom.memory import CacheCost, array_bytes, cache_bytes, module_bytes
 from draftloom.model_info import ModelInfo
 
+from .compiled import CompiledBlock, compiled_block
 from .context import ContextWindow
 from .model import DFlashModel
 from .one_product import OPERATION, few_rows_in_network, pack_network
@@ -154,6 +155,7 @@ class LoadedDrafter:
             them as they come.
         window: which committed positions the context keeps.
         embedding_factor: on what the target's embedding gives.
+        compiled: the network's pass over a block, traced; None runs it as it is.
     """
 
     description: DrafterDescription
@@ -163,6 +165,7 @@ class LoadedDrafter:
     feature_dtype: mx.Dtype | None = None
     window: ContextWindow = attrs.Factory(ContextWindow)
     embedding_factor: float = 1.0
+    compiled: CompiledBlock | None = None
 
     def memory(self) -> dict[str, int]:
         """Bytes of the weights."""
@@ -309,7 +312,14 @@ def load_drafter(
     few_rows_in_network(made, context.kernels.use("few-rows"))
     factor = embedding_factor(description, context.target)
     return LoadedDrafter(
-        description, made, context.target, target_ids, trained, options.window, factor
+        description,
+        made,
+        context.target,
+        target_ids,
+        trained,
+        options.window,
+        factor,
+        compiled_block(made, description, context.kernels),
     )
 
 
@@ -385,6 +395,8 @@ class BlockContext:
         masks = mx.full(shape, described.mask_token_id, dtype=mx.int32)
         block = mx.concatenate([anchor[:, None].astype(mx.int32), masks], axis=1)
         rows = slice(described.first_slot, described.first_slot + count)
-        hidden: mx.array = loaded.network(loaded.embed(block), self._cache, rows)
+        embeddings, compiled = loaded.embed(block), loaded.compiled
+        found = None if compiled is None else compiled.run(embeddings, self._cache, rows)
+        hidden: mx.array = loaded.network(embeddings, self._cache, rows) if found is None else found
         scale = described.output_multiplier
         return hidden if scale == 1.0 else hidden * scale

@@ -160,6 +160,11 @@ class ContextCache:
         stored_keys, stored_values = self.arrays
         return stored_keys[..., :end, :], stored_values[..., :end, :]
 
+    def reserve(self, tokens: int) -> None:
+        """Make room for a block of so many tokens behind a context that is not empty."""
+        self._widest = max(self._widest, tokens)
+        self._room(self.held + tokens, *self.arrays)
+
     def positions(self, tokens: int, length: int) -> mx.array:
         """Absolute positions [length] int32 of the first rows while a block of `tokens` stands
         behind the context; what holds nothing is after every query."""

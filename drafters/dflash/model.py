@@ -110,10 +110,10 @@ class _Attention(nn.Module):
     def _mask(self, tokens: int, cache: ContextCache, length: int) -> mx.array | None:
         """Which of the first `length` rows a query may see: [T, length]; None is all."""
         context, window = cache.offset, self.window
-        seen = context if self.window_from_anchor else context + tokens
-        in_window = window is None or seen - (context - cache.held) <= window
-        if not self.causal and length == cache.held + tokens and in_window:
-            return None
+        if isinstance(context, int) and not self.causal and length == cache.held + tokens:
+            seen = context if self.window_from_anchor else context + tokens
+            if window is None or seen - (context - cache.held) <= window:
+                return None
         query = context + mx.arange(tokens)[:, None]
         key = cache.positions(tokens, length)[None]
         mask = mx.broadcast_to(key < context + tokens, (tokens, length))

@@ -248,10 +248,11 @@ def test_off_by_default_and_prompts_never() -> None:
         assert target.compiled.replayed == 1
 
 
-@pytest.mark.parametrize("change", ["weight", "module", "nested", "tap"])
+@pytest.mark.parametrize("change", ["weight", "module", "nested", "removed", "tap"])
 def test_what_is_exchanged_is_seen(change: str) -> None:
     model = models.new(models.FAMILIES["qwen3"])
     other = models.new(models.FAMILIES["qwen3"], 5)
+    model.spare = other.lm_head
     with adapter(model) as target:
         target.tune(KernelSettings.of(ON))
         cache = target.make_cache()
@@ -265,6 +266,8 @@ def test_what_is_exchanged_is_seen(change: str) -> None:
             model.lm_head = other.lm_head
         elif change == "nested":
             model.model.layers[1].mlp = other.model.layers[1].mlp
+        elif change == "removed":
+            del model.spare
         else:
             target.tap((1,))
         given = target.forward(mx.array([[5]]), cache)

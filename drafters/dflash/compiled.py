@@ -1,0 +1,215 @@
+"""A drafter's pass over a block, traced once and replayed: the kernel operation ``compiled-draft``.
+
+What `mx.compile` is given are the embeddings of the block, where the context ends, and the
+context's buffers at their allocated length; it gives hidden states and the buffers. The projection
+of features, the embedding and the head stay outside.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+
+from draftloom.checkpoint import DrafterDescription
+from draftloom.contracts import ComponentInfo
+from draftloom.kernel_settings import OFF, KernelSettings
+from draftloom.kernels.check import Check
+
+from .context import NOWHERE, ContextCache
+from .model import DFlashLayer, DFlashModel
+
+__all__ = ["MOST_TRACES", "OPERATION", "CompiledBlock", "TracedContext", "compiled_block", "on"]
+
+OPERATION = "compiled-draft"
+MOST_TRACES = 16
+"""Forms whose graphs are kept; the one that was not used for longest goes first."""
+_log = logging.getLogger("draftloom.kernels")
+
+
+class TracedContext(ContextCache):
+    """A context at an offset that is an array.
+
+    Args:
+        like: has the same sinks and window.
+        arrays: keys and values [B, heads, rows, size] as allocated, with room for the block.
+        offset: [1] int32, committed positions.
+    """
+
+    def __init__(self, like: tuple[int, int | None], arrays: list[mx.array], offset: Any) -> None:
+        super().__init__(*like)
+        self.arrays = arrays
+        self.offset = offset
+
+    @property
+    def held(self) -> Any:
+        """Positions kept now, [1] int32."""
+        return self.offset if self.limit is None else mx.minimum(self.offset, self.limit)
+
+    def with_block(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """All rows of the context's keys and values, a block [B, heads, T, size] behind them."""
+        both = zip(self.arrays, (keys, values), strict=True)
+        self.arrays = [mx.slice_update(old, new, self.held, axes=(2,)) for old, new in both]
+        return self.arrays[0], self.arrays[1]
+
+    def positions(self, tokens: int, length: int) -> mx.array:
+        """As `ContextCache.positions`."""
+        row = mx.arange(length)
+        position = row
+        if self.limit is not None:
+            assert self.window is not None
+            last = self.offset - 1
+            in_ring = last - (last - row) % max(self.window, 1)
+            wrapped = mx.where(row < self.sinks, row, in_ring)
+            position = mx.where(self.offset > self.limit, wrapped, row)
+        position = mx.where(row < self.held, position, row - self.held + self.offset)
+        return mx.where(row < self.held + tokens, position, NOWHERE)
+
+
+class CompiledBlock:
+    """The traces of one network, whose weights are final.
+
+    Args:
+        network: loaded.
+
+    Attributes:
+        traced, replayed: passes so far.
+    """
+
+    def __init__(self, network: DFlashModel) -> None:
+        self._network = network
+        self._traces: OrderedDict[Any, Callable[..., list[mx.array]]] = OrderedDict()
+        self.traced = 0
+        self.replayed = 0
+        # What is lazy would be computed again in every pass.
+        owned = [value for module in network.modules() for _, value in module.items()]
+        mx.eval([value for value in owned if isinstance(value, mx.array)])
+
+    def run(
+        self, embeddings: mx.array, cache: Sequence[ContextCache], rows: slice
+    ) -> mx.array | None:
+        """Normed hidden states [B, n, D] of these rows of a block [B, T, D], as the network gives
+        them; None over an empty context, which the network runs itself.
+
+        Raises:
+            Exception: what tracing raises; the context is as before.
+        """
+        if not all(entry.arrays for entry in cache):
+            return None
+        offset = cache[0].offset
+        for entry in cache:
+            entry.reserve(embeddings.shape[1])
+        where = str(mx.default_device()), threading.get_ident()
+        shapes = [tuple((a.shape, a.dtype) for a in entry.arrays) for entry in cache]
+        kinds = tuple((entry.sinks, entry.window) for entry in cache)
+        key = (embeddings.shape, embeddings.dtype, rows.start, rows.stop, *where, *shapes, kinds)
+        trace = self._trace(key, kinds, rows)
+        taken = [entry.arrays for entry in cache]
+        for entry in cache:
+            entry.arrays = []  # nobody but the graph holds them: they are written where they lie
+        try:
+            given = [list(arrays) for arrays in taken]  # MLX leaves placeholders where it fails
+            hidden, *found = trace(embeddings, mx.full((1,), offset, dtype=mx.int32), given)
+        except BaseException:
+            for entry, arrays in zip(cache, taken, strict=True):
+                entry.arrays = arrays
+            raise
+        del taken, given
+        for entry, keys, values in zip(cache, found[::2], found[1::2], strict=True):
+            entry.arrays = [keys, values]
+        self.replayed += 1
+        return hidden
+
+    def _trace(
+        self, key: Any, kinds: Sequence[tuple[int, int | None]], rows: slice
+    ) -> Callable[..., list[mx.array]]:
+        trace = self._traces.get(key)
+        if trace is not None:
+            self._traces.move_to_end(key)
+            return trace
+        network = self._network
+
+        def run(x: mx.array, offset: mx.array, given: list[list[mx.array]]) -> list[mx.array]:
+            pairs = zip(kinds, given, strict=True)
+            contexts: list[Any] = [TracedContext(kind, arrays, offset) for kind, arrays in pairs]
+            hidden = network(x, contexts, rows)
+            return [hidden, *(array for context in contexts for array in context.arrays)]
+
+        trace = self._traces[key] = mx.compile(run)
+        if len(self._traces) > MOST_TRACES:
+            self._traces.popitem(last=False)
+        self.traced += 1
+        return trace
+
+
+def compiled_block(
+    network: Any, description: DrafterDescription, settings: KernelSettings
+) -> CompiledBlock | None:
+    """The traces of a network, empty; None where ``compiled-draft`` is not chosen, or, said in the
+    log, where its layers are others than DFlash's or it cannot be traced.
+
+    Args:
+        network: loaded and packed.
+        description: of the checkpoint.
+        settings: the switches.
+    """
+    if settings.use(OPERATION, off=OFF) in (None, OFF):
+        return None
+    reason = ""
+    plain = all(type(layer) is DFlashLayer for layer in network.layers)
+    if not plain or type(network).__call__ is not DFlashModel.__call__:
+        reason = "the drafter has other layers than DFlash's"
+    else:
+        compiled = CompiledBlock(network)
+        cache = network.make_cache()
+        dtype = network.norm.weight.dtype
+        try:
+            size = description.hidden_size
+            features = mx.zeros((1, 2, len(description.tap_layers) * size), dtype=dtype)
+            network.extend(features, cache)
+            compiled.run(mx.zeros((1, 4, size), dtype=dtype), cache, slice(1, 4))
+            return CompiledBlock(network)
+        except Exception as error:  # noqa: BLE001 said below
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    _log.warning("%s: drafts run as they are: %s", OPERATION, reason)
+    return None
+
+
+class On:
+    """The operation's one implementation."""
+
+    name = "on"
+    info = ComponentInfo(f"{OPERATION}/on", "a drafter's pass is traced once and replayed")
+
+    @staticmethod
+    def checks() -> Iterator[Check]:
+        """Positions of rows at an offset that is an array, compiled, against those at a number."""
+        for sinks, window, offset in ((0, None, 5), (2, 4, 5), (2, 4, 11), (0, 4, 9)):
+            yield Check(
+                f"positions int32 S{sinks} N{window} offset {offset}",
+                partial(_traced, sinks, window, offset),
+                partial(_plain, sinks, window, offset),
+                (0.0,),
+            )
+
+
+on = On()
+
+
+def _traced(sinks: int, window: int | None, offset: int) -> list[mx.array]:
+    def run(at: mx.array) -> mx.array:
+        return TracedContext((sinks, window), [], at).positions(3, 16)
+
+    found: mx.array = mx.compile(run)(mx.array([offset]))
+    return [found.astype(mx.float32)]
+
+
+def _plain(sinks: int, window: int | None, offset: int) -> list[mx.array]:
+    cache = ContextCache(sinks, window)
+    cache.advance(offset)
+    return [cache.positions(3, 16).astype(mx.float32)]
