@@ -266,7 +266,8 @@ def test_logits_processors_are_mlx_lms(family: str, drafting: str) -> None:
         for a, b in zip(found, expected, strict=True):
             assert mx.array_equal(a.logprobs, b.logprobs), "not bit for bit"
     if (drafting, family) == ("prompt-lookup", "attention"):
-        assert any(r.from_draft for r in ours(family, **more)), "nothing was drafted"
+        longer = ours(family, max_tokens=120, **more)
+        assert any(r.from_draft for r in longer), "nothing was drafted"
 
 
 # --- what cannot be honoured -----------------------------------------------------------------
