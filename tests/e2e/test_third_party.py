@@ -143,7 +143,7 @@ def test_installed_and_used_by_name(bin_folder: Path, tmp_path: Path) -> None:
 def test_target_that_only_its_adapter_claims(bin_folder: Path, tmp_path: Path) -> None:
     folder = make_phi(tmp_path / "tiny-phi")
     arguments = ["--target", str(folder), "--drafter", "lab.repeat-last", "--json"]
-    arguments += ["--max-tokens", str(TOKENS)]
+    arguments += ["--max-tokens", str(TOKENS), "--width", "fixed"]
     result = json.loads(draftloom(bin_folder, tmp_path, "generate", PROMPT, *arguments))
     assert result["pipeline"]["adapter"] == "lab.phi"
     assert result["token_ids"] == target_alone(folder)

@@ -61,7 +61,7 @@ def test_acceptance_rises_and_generate_takes_the_drafter(
     assert f"**{last['tau']:.2f}** at step 100" in (out / "README.md").read_text()
 
     prompt = ["generate", "one two three", "--target", toy / "target", "--max-tokens", 20, "--json"]
-    drafted = process(*prompt, "--drafter", out).json
+    drafted = process(*prompt, "--drafter", out, "--width", "fixed").json
     alone = process(*prompt, "--drafter", "none").json
     assert drafted["token_ids"] == alone["token_ids"]
     assert drafted["pipeline"]["drafter"] == "dflash"

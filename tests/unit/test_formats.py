@@ -448,7 +448,7 @@ def test_a_pipeline_file_names_the_threshold(tmp_path: Path) -> None:
     file = tmp_path / "p.toml"
     text = f'[drafter]\nuse = "dspark"\ncheckpoint = "{folder}"\nconfidence_threshold = 0.3\n'
     file.write_text(text, encoding="utf-8")
-    builder = PipelineBuilder.from_file(file, plugins=plugins()).model(model())
+    builder = PipelineBuilder.from_file(file, plugins=plugins()).own_width().model(model())
     with builder.build() as pipeline:
         assert "format dspark" in pipeline.describe()
         assert pipeline.generate((1, 2), max_tokens=6).stats.drafted
