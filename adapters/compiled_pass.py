@@ -9,8 +9,6 @@ are part of the graph: where somebody exchanges one, or a module, it is traced a
 from __future__ import annotations
 
 import logging
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
@@ -24,6 +22,7 @@ from draftloom.contracts import CacheKind, ComponentInfo, TargetInfo, TargetOutp
 from draftloom.kernel_settings import OFF, KernelSettings
 from draftloom.kernels.check import Check
 from draftloom.recording import RecordingEntry
+from draftloom.traces import Traces
 
 from .early_launch import OPERATION as EARLY_LAUNCH
 from .traced_caches import Port, TracedKVCache, port_of
@@ -147,7 +146,6 @@ class CompiledPass:
 
     Attributes:
         why_not: why no pass is compiled; empty while they are.
-        traced: passes that were traced so far.
         replayed: passes that were one call.
     """
 
@@ -156,11 +154,15 @@ class CompiledPass:
         self._name = name
         self._wanted = False
         self._tried = False
-        self._traces: OrderedDict[Any, _Trace] = OrderedDict()
+        self._traces: Traces[_Trace] = Traces(MOST_TRACES)
         self._parts: list[tuple[Any, Any, Any]] = []
         self.why_not = "it is off"
-        self.traced = 0
         self.replayed = 0
+
+    @property
+    def traced(self) -> int:
+        """Passes that were traced so far."""
+        return self._traces.traced
 
     def tune(self, settings: KernelSettings, info: TargetInfo) -> None:
         """Compile passes, or not, as ``compiled-pass`` is chosen; not by default. Drops what was
@@ -195,8 +197,8 @@ class CompiledPass:
         if ports is None:
             return None
         self._look_for_exchanges()
-        key = (tokens.shape, tokens.dtype, str(mx.default_device()), threading.get_ident())
-        trace = self._trace((*key, *(port.form for port in ports)), forward, ports)
+        form = (tokens.shape, tokens.dtype, *(port.form for port in ports))
+        trace = self._traces.of(form, partial(self._trace, forward, ports))
         arrays = [array for port in ports for array in port.take()]
         try:
             # A list of its own: MLX leaves placeholders in it where tracing fails.
@@ -234,7 +236,7 @@ class CompiledPass:
             self.why_not = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             self._say()
         self.clear()
-        self.traced = self.replayed = 0
+        self._traces, self.replayed = Traces(MOST_TRACES), 0
 
     def _look_for_exchanges(self) -> None:
         """Drop every trace if a weight or a module is another than when they were traced."""
@@ -250,21 +252,12 @@ class CompiledPass:
             _log.info("%s of %s: a module or a weight was exchanged", OPERATION, self._name)
             self.clear()
 
-    def _trace(self, key: Any, forward: Forward, ports: Sequence[Port]) -> _Trace:
-        trace = self._traces.get(key)
-        if trace is not None:
-            self._traces.move_to_end(key)
-            return trace
+    def _trace(self, forward: Forward, ports: Sequence[Port]) -> _Trace:
         if not self._parts:
             self._parts = list(_parts_of(self._model))
             # What is lazy would be computed again in every pass.
             mx.eval([part for _, _, part in self._parts if isinstance(part, mx.array)])
-        trace = _Trace(forward, [p.form for p in ports], [p.count for p in ports])
-        self._traces[key] = trace
-        if len(self._traces) > MOST_TRACES:
-            self._traces.popitem(last=False)
-        self.traced += 1
-        return trace
+        return _Trace(forward, [p.form for p in ports], [p.count for p in ports])
 
     def _say(self) -> None:
         if self.why_not:

@@ -16,8 +16,7 @@ import mlx.nn as nn
 from draftloom.contracts import ComponentInfo
 from draftloom.kernel_settings import KernelSettings
 from draftloom.kernels.check import Check
-
-from .taps import TapLayer
+from draftloom.kernels.stand_in import StandIn
 
 __all__ = ["OPERATION", "EarlyLaunch", "Places", "eighths", "every_layer"]
 
@@ -77,11 +76,8 @@ every_layer = Places("every-layer", "a pass layer by layer", None)
 _BUILT_IN = {part.name: part for part in (eighths, every_layer)}
 
 
-class _LaunchLayer(TapLayer):
+class _LaunchLayer(StandIn):
     """Calls a decoder layer and launches what it gave."""
-
-    def __init__(self, layer: nn.Module, index: int) -> None:
-        super().__init__(layer, index, {})
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         output = self.layer(*args, **kwargs)
@@ -110,7 +106,7 @@ class EarlyLaunch:
             return
         for index in part.places(len(self._layers)):
             self._originals[index] = self._layers[index]
-            self._layers[index] = _LaunchLayer(self._layers[index], index)
+            self._layers[index] = _LaunchLayer(self._layers[index])
 
     def restore(self) -> None:
         """Put every layer back."""

@@ -11,9 +11,9 @@ from typing import Any
 import mlx.nn as nn
 
 from draftloom.kernel_settings import KernelSettings
-from draftloom.kernels.few_rows import OPERATION, Stand, exchange, wanted
+from draftloom.kernels.few_rows import OPERATION, exchange, wanted
 
-from .packed import PackedModel, PackedPart
+from .packed import PackedModel
 
 __all__ = ["FewRows"]
 
@@ -35,15 +35,12 @@ class FewRows:
         """Exchange the layers if the settings ask for a kernel; what was exchanged before is put
         back first. What is packed is packed before."""
         self.restore()
-        use = settings.use(OPERATION.name)
-        if not wanted(use):
+        use = wanted(settings.use(OPERATION.name))
+        if use is None:
             return
-        use = OPERATION.default() if use is None else use
         for one in self._packed.products:
             one.few_rows = use
-        for _, module in list(self._model.named_modules()):
-            if not isinstance(module, Stand | PackedPart):
-                self._replaced += exchange(module, use)
+        self._replaced = exchange(self._model, use)
 
     def restore(self) -> None:
         """Put every layer back."""

@@ -22,6 +22,7 @@ from draftloom.kernels.packed_projections import (
     pays,
     why_not,
 )
+from draftloom.kernels.stand_in import StandIn
 
 __all__ = ["OPERATION", "SITES", "PackedModel", "PackedPart"]
 
@@ -98,26 +99,16 @@ class _Results:
         return part
 
 
-class PackedPart(nn.Module):
+class PackedPart(StandIn):
     """Stands in for a linear layer that is run with others."""
 
+    held = "linear"
+
     def __init__(self, linear: nn.Module, results: _Results, index: int) -> None:
-        super().__init__()
-        self.linear = linear
-        # Not through nn.Module's own setattr, which would look for parameters in them.
-        object.__setattr__(self, "_results", results)
-        object.__setattr__(self, "_index", index)
+        super().__init__(linear, results=results, index=index)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self._results.take(self._index, x)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "linear" not in self:  # before the constructor has run
-                raise
-            return getattr(self["linear"], name)
 
 
 class PackedModel:

@@ -17,6 +17,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
+from draftloom.kernels.stand_in import StandIn
+
 __all__ = ["Parts", "why_no_taps"]
 
 FINAL_NORMS = (
@@ -101,24 +103,14 @@ class _Identity(nn.Module):
         return x
 
 
-class _GivesBack(nn.Module):
+class _GivesBack(StandIn):
     """Stands for an inner model and gives its first argument back; the rest is the model's."""
 
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
+    held = "inner"
 
     def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
         found: mx.array = args[0] if args else next(iter(kwargs.values()))
         return found
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "inner" not in self:  # before the constructor has run
-                raise
-            return getattr(self["inner"], name)
 
 
 # --- before any weight is loaded --------------------------------------------------------------

@@ -8,38 +8,28 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from draftloom.kernels.stand_in import StandIn
+
 __all__ = ["LayerTaps", "TapLayer"]
 
 
-class TapLayer(nn.Module):
+class TapLayer(StandIn):
     """Calls a decoder layer and keeps its output.
 
     Args:
-        layer: the layer it stands for; attributes it does not have itself come from there.
+        layer: the layer it stands for.
         index: the layer's number.
         outputs: where the output [B, T, D] goes, under the number.
     """
 
     def __init__(self, layer: nn.Module, index: int, outputs: dict[int, mx.array]) -> None:
-        super().__init__()
-        self.layer = layer
-        # Not through nn.Module's own setattr, which would take the dict for parameters.
-        object.__setattr__(self, "_index", index)
-        object.__setattr__(self, "_outputs", outputs)
+        super().__init__(layer, index=index, outputs=outputs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
         """The layer's own output."""
         output: mx.array = self.layer(*args, **kwargs)
         self._outputs[self._index] = output
         return output
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "layer" not in self:  # before the constructor has run
-                raise
-            return getattr(self["layer"], name)
 
 
 class LayerTaps:

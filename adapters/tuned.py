@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from .verify_attention import tune_attention
 __all__ = ["TunedModel"]
 
 
-class TunedModel:
+class TunedModel(ABC):
     """The part of an adapter that exchanges instances of a model and puts them back.
 
     Attributes:
@@ -73,13 +74,13 @@ class TunedModel:
         output = self.compiled.run(self._forward, tokens, cache)
         return self._forward(tokens, cache) if output is None else output
 
+    @abstractmethod
     def make_cache(self) -> list[Any]:
         """Fresh caches, as mlx-lm makes them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _forward(self, tokens: mx.array, cache: list[Any]) -> TargetOutput:
         """The pass as it is."""
-        raise NotImplementedError
 
     def _put_back(self) -> None:
         """Put every attention module, projection and layer back. Taps are cleared before."""

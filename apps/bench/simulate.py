@@ -26,9 +26,7 @@ from draftloom.abilities import BindContext
 from draftloom.builder import PipelineBuilder
 from draftloom.contracts import ComponentInfo, Draft, Preserves
 from draftloom.drafters.dflash import DFlashDrafter, DFlashModel, LoadedDrafter
-from draftloom.drafters.dflash.compiled import compiled_block
-from draftloom.drafters.dflash.one_product import OPERATION as PACKED_DRAFTER
-from draftloom.drafters.dflash.one_product import few_rows_in_network, pack_network
+from draftloom.drafters.dflash.block import tune_network
 from draftloom.errors import UnknownNameError, UsageError
 from draftloom.hookspecs import Register, hookimpl
 from draftloom.plugins import PluginManager
@@ -136,9 +134,7 @@ class SimulatedDFlash(DFlashDrafter):
         """Make the weights, in the type that the target computes in."""
         network = DFlashModel(self.description)
         randomize(network, self._seed + 1, context.target.embed(mx.array([[0]])).dtype)
-        pack_network(network, context.kernels.use(PACKED_DRAFTER, off="off"))
-        few_rows_in_network(network, context.kernels.use("few-rows"))
-        compiled = compiled_block(network, self.description, context.kernels)
+        compiled = tune_network(network, self.description, context.kernels)
         self._loaded = LoadedDrafter(self.description, network, context.target, compiled=compiled)
 
 

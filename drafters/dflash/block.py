@@ -16,6 +16,7 @@ from draftloom.checkpoint import DrafterDescription
 from draftloom.contracts import ComponentInfo, TargetAdapter
 from draftloom.drafters.formats import StoredWeights, describe_checkpoint, fill
 from draftloom.errors import CheckpointWarning, ModelError, Problem
+from draftloom.kernel_settings import KernelSettings
 from draftloom.memory import CacheCost, array_bytes, cache_bytes, module_bytes
 from draftloom.model_info import ModelInfo
 
@@ -34,6 +35,7 @@ __all__ = [
     "embedding_factor",
     "load_drafter",
     "load_network",
+    "tune_network",
     "with_taps",
 ]
 
@@ -308,8 +310,7 @@ def load_drafter(
     options = BlockOptions() if options is None else options
     if options.packing is not None:
         options.packing.apply(made)
-    pack_network(made, context.kernels.use(OPERATION, off="off"))
-    few_rows_in_network(made, context.kernels.use("few-rows"))
+    compiled = tune_network(made, description, context.kernels)
     factor = embedding_factor(description, context.target)
     return LoadedDrafter(
         description,
@@ -319,8 +320,21 @@ def load_drafter(
         trained,
         options.window,
         factor,
-        compiled_block(made, description, context.kernels),
+        compiled,
     )
+
+
+def tune_network(
+    network: DFlashModel, description: DrafterDescription, kernels: KernelSettings
+) -> CompiledBlock | None:
+    """Have kernels run what they are chosen for in a network whose weights are final.
+
+    Returns:
+        The traces of its pass; None where it is not compiled.
+    """
+    pack_network(network, kernels.use(OPERATION, off="off"))
+    few_rows_in_network(network, kernels.use("few-rows"))
+    return compiled_block(network, description, kernels)
 
 
 def context_bytes(

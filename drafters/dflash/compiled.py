@@ -8,8 +8,6 @@ of features, the embedding and the head stay outside.
 from __future__ import annotations
 
 import logging
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -20,6 +18,7 @@ from draftloom.checkpoint import DrafterDescription
 from draftloom.contracts import ComponentInfo
 from draftloom.kernel_settings import OFF, KernelSettings
 from draftloom.kernels.check import Check
+from draftloom.traces import Traces
 
 from .context import NOWHERE, ContextCache
 from .model import DFlashLayer, DFlashModel
@@ -78,17 +77,21 @@ class CompiledBlock:
         network: loaded.
 
     Attributes:
-        traced, replayed: passes so far.
+        replayed: passes that were one call.
     """
 
     def __init__(self, network: DFlashModel) -> None:
         self._network = network
-        self._traces: OrderedDict[Any, Callable[..., list[mx.array]]] = OrderedDict()
-        self.traced = 0
+        self._traces: Traces[Callable[..., list[mx.array]]] = Traces(MOST_TRACES)
         self.replayed = 0
         # What is lazy would be computed again in every pass.
         owned = [value for module in network.modules() for _, value in module.items()]
         mx.eval([value for value in owned if isinstance(value, mx.array)])
+
+    @property
+    def traced(self) -> int:
+        """Passes that were traced so far."""
+        return self._traces.traced
 
     def run(
         self, embeddings: mx.array, cache: Sequence[ContextCache], rows: slice
@@ -104,11 +107,10 @@ class CompiledBlock:
         offset = cache[0].offset
         for entry in cache:
             entry.reserve(embeddings.shape[1])
-        where = str(mx.default_device()), threading.get_ident()
         shapes = [tuple((a.shape, a.dtype) for a in entry.arrays) for entry in cache]
         kinds = tuple((entry.sinks, entry.window) for entry in cache)
-        key = (embeddings.shape, embeddings.dtype, rows.start, rows.stop, *where, *shapes, kinds)
-        trace = self._trace(key, kinds, rows)
+        form = (embeddings.shape, embeddings.dtype, rows.start, rows.stop, *shapes, kinds)
+        trace = self._traces.of(form, partial(self._trace, kinds, rows))
         taken = [entry.arrays for entry in cache]
         for entry in cache:
             entry.arrays = []  # nobody but the graph holds them: they are written where they lie
@@ -126,12 +128,8 @@ class CompiledBlock:
         return hidden
 
     def _trace(
-        self, key: Any, kinds: Sequence[tuple[int, int | None]], rows: slice
+        self, kinds: Sequence[tuple[int, int | None]], rows: slice
     ) -> Callable[..., list[mx.array]]:
-        trace = self._traces.get(key)
-        if trace is not None:
-            self._traces.move_to_end(key)
-            return trace
         network = self._network
 
         def run(x: mx.array, offset: mx.array, given: list[list[mx.array]]) -> list[mx.array]:
@@ -140,11 +138,8 @@ class CompiledBlock:
             hidden = network(x, contexts, rows)
             return [hidden, *(array for context in contexts for array in context.arrays)]
 
-        trace = self._traces[key] = mx.compile(run)
-        if len(self._traces) > MOST_TRACES:
-            self._traces.popitem(last=False)
-        self.traced += 1
-        return trace
+        traced: Callable[..., list[mx.array]] = mx.compile(run)
+        return traced
 
 
 def compiled_block(

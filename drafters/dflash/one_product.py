@@ -68,16 +68,14 @@ def few_rows_in_network(network: Any, use: Any) -> None:
         network: a `DFlashModel`, its weights loaded.
         use: as `draftloom.kernels.few_rows.product`.
     """
-    if not few_rows.wanted(use):
+    use = few_rows.wanted(use)
+    if use is None:
         return
-    use = few_rows.OPERATION.default() if use is None else use
     for layer in network.layers:
         for module in (layer.self_attn, layer.mlp):
             if module.product is not None:
                 module.product.few_rows = use
-    for _, module in list(network.named_modules()):
-        if not isinstance(module, few_rows.Stand):
-            few_rows.exchange(module, use)
+    few_rows.exchange(network, use)
 
 
 def pack_network(network: Any, use: Any) -> Decision | None:

@@ -6,13 +6,13 @@ longer than the product takes the device. Here it is one kernel launch, planned 
 Importing this package compiles nothing: a kernel is compiled at its first launch.
 
 - :func:`product` runs it.
-- `wanted` says whether a setting of the operation asks for a kernel here.
+- `wanted` says which kernel, if any, a setting of the operation asks for here.
 """
 
 from . import array, cuda, reference
 from .dispatch import OPERATION, TIMED, product, wanted
 from .launch import MOST_ROWS, Request
-from .layers import FewRowsEmbedding, FewRowsLinear, Stand, exchange
+from .layers import FewRowsEmbedding, FewRowsLinear, exchange
 
 __all__ = [
     "MOST_ROWS",
@@ -21,7 +21,6 @@ __all__ = [
     "FewRowsEmbedding",
     "FewRowsLinear",
     "Request",
-    "Stand",
     "array",
     "cuda",
     "exchange",

@@ -21,9 +21,11 @@ TIMED: frozenset[str] = frozenset()
 OPERATION = Operation("few-rows", array, {"cuda": cuda}, TIMED)
 
 
-def wanted(use: Any) -> bool:
-    """Whether a choice (None is `auto`) asks for another product than MLX's on this device."""
-    return (OPERATION.default() if use is None else use) != ARRAY
+def wanted(use: Any) -> Any:
+    """What a choice (None is `auto`) asks for in place of MLX's product on this device; None where
+    it asks for nothing else."""
+    use = OPERATION.default() if use is None else use
+    return None if use == ARRAY else use
 
 
 def product(x: mx.array, weight: mx.array, *, use: Any = None) -> mx.array:

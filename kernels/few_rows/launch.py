@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 import mlx.core as mx
 
-from draftloom.kernels.backend import Backend
+from draftloom.kernels.backend import Backend, KernelLauncher
 
 from .source import Product
 
@@ -102,19 +102,14 @@ def _plan(
 
 
 @attrs.frozen
-class Launcher:
+class Launcher(KernelLauncher):
     """The operation on one backend.
 
     Attributes:
-        backend: who compiles.
         geometry: a fixed geometry, or None for :func:`geometry_for`.
-        poison: fill outputs with this value first (tests find unwritten elements so); None leaves
-            them as allocated.
     """
 
-    backend: Backend
     geometry: Geometry | None = None
-    poison: float | None = None
 
     def product(self, x: mx.array, weight: mx.array) -> mx.array:
         """As :func:`..dispatch.product`, in one launch."""
@@ -123,5 +118,4 @@ class Launcher:
             self.backend, self.geometry, x.dtype, (x.size // size + 7) // 8, x.ndim, weight.shape
         )
         shapes = [(*leading, weight.shape[0])]
-        poison = {} if self.poison is None else {"init_value": self.poison}
-        return kernel(inputs=[x, weight], output_shapes=shapes, **arguments, **poison)[0]
+        return kernel(inputs=[x, weight], output_shapes=shapes, **arguments, **self.fill)[0]

@@ -7,31 +7,15 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from draftloom.kernels.stand_in import StandIn
+
 from .dispatch import product
 from .launch import MOST_ROWS
 
-__all__ = ["STANDS", "FewRowsEmbedding", "FewRowsLinear", "Stand", "exchange"]
+__all__ = ["STANDS", "FewRowsEmbedding", "FewRowsLinear", "exchange"]
 
 
-class Stand(nn.Module):
-    """Stands in for a layer; attributes it does not have itself come from there."""
-
-    def __init__(self, layer: nn.Module, use: Any) -> None:
-        super().__init__()
-        self.layer = layer
-        # Not through nn.Module's own setattr, which would look for parameters in it.
-        object.__setattr__(self, "_use", use)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "layer" not in self:  # before the constructor has run
-                raise
-            return getattr(self["layer"], name)
-
-
-class FewRowsLinear(Stand):
+class FewRowsLinear(StandIn):
     """Stands in for a linear layer without a bias."""
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -43,7 +27,7 @@ class FewRowsLinear(Stand):
         return output
 
 
-class FewRowsEmbedding(Stand):
+class FewRowsEmbedding(StandIn):
     """Stands in for an embedding that is the head as well."""
 
     def __call__(self, tokens: mx.array) -> mx.array:
@@ -60,25 +44,26 @@ class FewRowsEmbedding(Stand):
         return logits
 
 
-STANDS: dict[type, type[Stand]] = {nn.Linear: FewRowsLinear, nn.Embedding: FewRowsEmbedding}
+STANDS: dict[type, type[StandIn]] = {nn.Linear: FewRowsLinear, nn.Embedding: FewRowsEmbedding}
 """What stands in for exactly these classes."""
 
 
-def exchange(owner: Any, use: Any) -> list[tuple[Any, str, nn.Module]]:
-    """Stand in for the layers that a module holds itself.
+def exchange(model: nn.Module, use: Any) -> list[tuple[Any, str, nn.Module]]:
+    """Stand in for the layers of a model, but for those that something stands in for already.
 
     Args:
-        owner: the module.
-        use: as `draftloom.kernels.few_rows.product`.
+        model: loaded.
+        use: as `draftloom.kernels.few_rows.wanted` gives it.
 
     Returns:
         (module, name, layer) of what was exchanged.
     """
     replaced = []
-    for name in list(owner):
-        layer = owner[name]
-        stand = STANDS.get(type(layer))
-        if stand is not None and "bias" not in layer:
-            replaced.append((owner, name, layer))
-            owner[name] = stand(layer, use)
+    for _, owner in list(model.named_modules()):
+        for name in [] if isinstance(owner, StandIn) else list(owner):
+            layer = owner[name]
+            stand = STANDS.get(type(layer))
+            if stand is not None and "bias" not in layer:
+                replaced.append((owner, name, layer))
+                owner[name] = stand(layer, use=use)
     return replaced

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import attrs
@@ -23,6 +21,7 @@ from draftloom.kernels.few_rows import array, cuda, dispatch, reference
 from draftloom.kernels.few_rows.checks import CASES, TOLERANCE, Case, checks_of
 from draftloom.kernels.few_rows.launch import Geometry, Launcher, Request, unsupported
 from draftloom.kernels.few_rows.source import Product
+from tests.parity.metal_shim import emulator
 
 WORDS = """
 #include "cuda_words.h"
@@ -32,20 +31,6 @@ template <typename T>
 inline T __ldg(const T* from) { return *from; }
 """
 compiled = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
-
-
-def load(name: str) -> ModuleType:
-    """A module of this folder (tests are imported one by one, without their folder on the path)."""
-    path = Path(__file__).parent / name
-    spec = importlib.util.spec_from_file_location(f"few_rows_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-emulator = load("metal_shim/emulator.py")
 
 
 def launcher_for(folder: Path, geometry: Geometry | None = None) -> Launcher:
