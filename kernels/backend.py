@@ -13,6 +13,7 @@ __all__ = [
     "CUDA_BUILTINS",
     "ON_CPU",
     "Backend",
+    "KernelLauncher",
     "KernelSource",
     "kernels_built",
     "per_row",
@@ -114,6 +115,25 @@ class Backend:
         """None if kernels can run on the default device, else the reason why not."""
         on_cpu = mx.default_device() == mx.Device(mx.cpu)
         return self.why_missing() or (ON_CPU if on_cpu else None)
+
+
+@attrs.frozen
+class KernelLauncher:
+    """What runs an operation on one backend.
+
+    Attributes:
+        backend: who compiles.
+        poison: fill outputs with this value first (tests find unwritten elements so); None leaves
+            them as allocated.
+    """
+
+    backend: Backend
+    poison: float | None = attrs.field(default=None, kw_only=True)
+
+    @property
+    def fill(self) -> dict[str, float]:
+        """What a launch is told of `poison`."""
+        return {} if self.poison is None else {"init_value": self.poison}
 
 
 def kernels_built() -> int:

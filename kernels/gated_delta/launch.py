@@ -7,7 +7,7 @@ from typing import Any
 import attrs
 import mlx.core as mx
 
-from draftloom.kernels.backend import Backend, per_row, row_entries
+from draftloom.kernels.backend import Backend, KernelLauncher, per_row, row_entries
 
 from .source import Variant
 from .tape import Tape
@@ -170,19 +170,14 @@ _variant = lru_cache(maxsize=64)(Variant)
 
 
 @attrs.frozen
-class Launcher:
+class Launcher(KernelLauncher):
     """The operations of the package on one backend; arguments and shapes as in :mod:`.dispatch`.
 
     Attributes:
-        backend: who compiles.
         geometry: a fixed geometry, or None for :func:`geometry_for`.
-        poison: fill outputs with this value first (tests find unwritten elements so); None leaves
-            them as allocated.
     """
 
-    backend: Backend
     geometry: Geometry | None = None
-    poison: float | None = None
 
     def verify(
         self,
@@ -274,10 +269,7 @@ class Launcher:
             inputs.append(mask)
         dtypes = tuple([x.dtype for x in inputs])
         plan = _plan(self.backend, self.geometry, variant, dtypes, shapes)
-        if self.poison is None:
-            outputs = plan.kernel(inputs=inputs, **plan.arguments)
-        else:
-            outputs = plan.kernel(inputs=inputs, init_value=self.poison, **plan.arguments)
+        outputs = plan.kernel(inputs=inputs, **plan.arguments, **self.fill)
         return dict(zip(plan.outputs, outputs, strict=True))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 import mlx.core as mx
 
-from draftloom.kernels.backend import Backend
+from draftloom.kernels.backend import Backend, KernelLauncher
 
 from .layer import Layer, Prepared, Projected
 from .source import Variant
@@ -111,17 +111,8 @@ def _plan(
 
 
 @attrs.frozen
-class Launcher:
-    """The operation on one backend.
-
-    Attributes:
-        backend: who compiles.
-        poison: fill outputs with this value first (tests find unwritten elements so); None leaves
-            them as allocated.
-    """
-
-    backend: Backend
-    poison: float | None = None
+class Launcher(KernelLauncher):
+    """The operation on one backend."""
 
     def prepare(
         self,
@@ -147,6 +138,4 @@ class Launcher:
             (rows, tokens),
             (taps, layer.key_heads, layer.value_heads, layer.key_size, layer.value_size),
         )
-        if self.poison is None:
-            return Prepared(*plan.kernel(inputs=inputs, **plan.arguments))
-        return Prepared(*plan.kernel(inputs=inputs, init_value=self.poison, **plan.arguments))
+        return Prepared(*plan.kernel(inputs=inputs, **plan.arguments, **self.fill))

@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 import mlx.core as mx
 
-from draftloom.kernels.backend import Backend
+from draftloom.kernels.backend import Backend, KernelLauncher
 
 from .source import Variant
 
@@ -64,23 +64,12 @@ def _plan(
 
 
 @attrs.frozen
-class Launcher:
-    """The operation on one backend.
-
-    Attributes:
-        backend: who compiles.
-        poison: fill outputs with this value first (tests find unwritten elements so); None leaves
-            them as allocated.
-    """
-
-    backend: Backend
-    poison: float | None = None
+class Launcher(KernelLauncher):
+    """The operation on one backend."""
 
     def normalise(self, norm: Any, y: mx.array, z: mx.array) -> mx.array:
         """As :func:`..dispatch.normalise`, in one launch."""
         inputs = [y, z, norm.weight]
         dtypes = tuple([x.dtype for x in inputs])
         kernel, arguments = _plan(self.backend, Variant(float(norm.eps)), dtypes, y.shape)
-        if self.poison is None:
-            return kernel(inputs=inputs, **arguments)[0]
-        return kernel(inputs=inputs, init_value=self.poison, **arguments)[0]
+        return kernel(inputs=inputs, **arguments, **self.fill)[0]

@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 import mlx.core as mx
 
-from draftloom.kernels.backend import Backend, per_row, row_entries
+from draftloom.kernels.backend import Backend, KernelLauncher, per_row, row_entries
 
 from .source import Combine, Partial
 
@@ -200,19 +200,14 @@ def _plan(
 
 
 @attrs.frozen
-class Launcher:
+class Launcher(KernelLauncher):
     """Verify attention on one backend; arguments and shapes as in :mod:`.dispatch`.
 
     Attributes:
-        backend: who compiles.
         geometry: a fixed geometry, or None for :func:`geometry_for`.
-        poison: fill outputs with this value first (tests find unwritten elements so); None leaves
-            them as allocated.
     """
 
-    backend: Backend
     geometry: Geometry | None = None
-    poison: float | None = None
 
     def attend(
         self,
@@ -236,13 +231,12 @@ class Launcher:
             window,
             None if sinks is None else sinks.dtype,
         )
-        poison = {} if self.poison is None else {"init_value": self.poison}
         first, second = plan.arguments
         inputs = [q, keys, values, valid_lengths(lengths, shape[0])]
-        parts = plan.kernels[0](inputs=inputs, **first, **poison)
+        parts = plan.kernels[0](inputs=inputs, **first, **self.fill)
         if sinks is not None:
             parts = [*parts, sinks]
-        (out,) = plan.kernels[1](inputs=parts, **second, **poison)
+        (out,) = plan.kernels[1](inputs=parts, **second, **self.fill)
         return out.transpose(0, 2, 1, 3)
 
 

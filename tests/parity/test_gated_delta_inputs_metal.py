@@ -3,10 +3,8 @@
 What is compiled is the very header and body that go to ``mx.fast.metal_kernel``; see metal_shim.
 """
 
-import importlib.util
 import re
 import shutil
-from pathlib import Path
 
 import attrs
 import mlx.core as mx
@@ -26,23 +24,12 @@ from draftloom.kernels.gated_norm import checks as norm_checks
 from draftloom.kernels.gated_norm import launch as norm_launch
 from draftloom.kernels.gated_norm import source as norm_source
 from draftloom.model_info import ModelInfo
+from tests.parity.metal_shim import emulator
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 
 Case = checks.Case
 KINDS = {"fp32": mx.float32, "fp16": mx.float16, "bf16": mx.bfloat16}
-
-
-def load(name):
-    """A module of this folder (tests are imported one by one, without their folder on the path)."""
-    path = Path(__file__).parent / name
-    spec = importlib.util.spec_from_file_location(f"gated_inputs_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-emulator = load("metal_shim/emulator.py")
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import pytest
 from draftloom.kernels.gated_delta import cuda, metal, reference
 from draftloom.kernels.gated_delta.launch import Backend, Geometry, Launcher, geometry_for
 from draftloom.kernels.gated_delta.source import CUDA_PRELUDE, METAL_PRELUDE, Variant
+from tests.parity.metal_shim import emulator
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 
@@ -31,7 +32,6 @@ def load(name):
     return module
 
 
-emulator = load("metal_shim/emulator.py")
 shared = load("test_gated_delta.py")
 
 

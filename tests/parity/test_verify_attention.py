@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from draftloom.kernels.verify_attention.checks import checks_of
 from draftloom.kernels.verify_attention.launch import Launcher, unsupported_shape
 from draftloom.kernels.verify_attention.prelude import METAL_PRELUDE
 from draftloom.plugins import PluginManager
+from tests.parity.metal_shim import emulator
 from tests.support import models, pipelines
 from tests.support.attention_cases import CASES, TOLERANCE, Case, error, truth
 from tests.support.families_more import MORE, adapted, new_model
@@ -272,12 +272,6 @@ def test_a_pipeline_gives_mlx_lms_tokens(family: str, choice: str) -> None:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 def test_the_emulated_kernel_inside_a_model(tmp_path: Path) -> None:
-    path = Path(__file__).parent / "metal_shim" / "emulator.py"
-    spec = importlib.util.spec_from_file_location("attention_model_emulator", path)
-    assert spec is not None
-    assert spec.loader is not None
-    emulator = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(emulator)
     launcher = Launcher(
         Backend("metal", emulator.Emulator(tmp_path), METAL_PRELUDE), poison=float("nan")
     )

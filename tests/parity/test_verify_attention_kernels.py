@@ -6,12 +6,10 @@ and the words for positions and barriers are the shim's; all else is the text th
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import attrs
@@ -34,25 +32,12 @@ from draftloom.kernels.verify_attention.prelude import (
     METAL_PRELUDE,
 )
 from draftloom.kernels.verify_attention.source import Combine, Partial
+from tests.parity.metal_shim import emulator
 from tests.support.attention_cases import CASES, TOLERANCE, Case, error, poisoned, truth
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 
 WORDS = '#include "cuda_words.h"\n'
-
-
-def load(name: str) -> ModuleType:
-    """A module of this folder (tests are imported one by one, without their folder on the path)."""
-    path = Path(__file__).parent / name
-    spec = importlib.util.spec_from_file_location(f"attention_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-emulator = load("metal_shim/emulator.py")
 
 
 @pytest.fixture(scope="module")
