@@ -29,7 +29,28 @@ def _zeros(count: int) -> np.ndarray:
 
 
 @attrs.frozen(eq=False)
-class Document:
+class _Tokens:
+    """Token ids, and which of them are trained on."""
+
+    ids: np.ndarray = attrs.field(repr=False, converter=_ids)
+    mask: np.ndarray = attrs.field(repr=False, converter=_mask)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """`ids` as Python's numbers; made anew each time."""
+        return tuple(self.ids.tolist())
+
+    @property
+    def trained(self) -> tuple[bool, ...]:
+        """`mask` as Python's truth values; made anew each time."""
+        return tuple(self.mask.tolist())
+
+
+@attrs.frozen(eq=False)
+class Document(_Tokens):
     """A text to train on. Equal ones have equal contents, and equal hashes.
 
     Attributes:
@@ -39,13 +60,8 @@ class Document:
         source: file, and line where it has lines.
     """
 
-    ids: np.ndarray = attrs.field(repr=False, converter=_ids)
-    mask: np.ndarray = attrs.field(repr=False, converter=_mask)
     prompt: int
     source: str
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Document) and self._contents() == other._contents()
@@ -57,16 +73,6 @@ class Document:
         return self.ids.tobytes(), self.mask.tobytes(), self.prompt, self.source
 
     @property
-    def tokens(self) -> tuple[int, ...]:
-        """`ids` as Python's numbers; made anew each time."""
-        return tuple(self.ids.tolist())
-
-    @property
-    def trained(self) -> tuple[bool, ...]:
-        """`mask` as Python's truth values; made anew each time."""
-        return tuple(self.mask.tolist())
-
-    @property
     def digest(self) -> str:
         """sha256 of tokens and mask: equal documents are one."""
         total = hashlib.sha256(self.ids.astype(np.int64).data)
@@ -75,7 +81,7 @@ class Document:
 
 
 @attrs.frozen(eq=False)
-class Packed:
+class Packed(_Tokens):
     """A sequence as it is run.
 
     Attributes:
@@ -84,8 +90,6 @@ class Packed:
         numbers: [T] int32, number of the document that each token is of, within the sequence.
     """
 
-    ids: np.ndarray = attrs.field(repr=False, converter=_ids)
-    mask: np.ndarray = attrs.field(repr=False, converter=_mask)
     numbers: np.ndarray = attrs.field(repr=False, converter=_ids)
 
     @classmethod
@@ -93,19 +97,6 @@ class Packed:
         """The beginning of a document, of at most `context` tokens; nothing is copied."""
         ids = document.ids[:context]
         return cls(ids, document.mask[:context], _zeros(len(ids)))
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @property
-    def tokens(self) -> tuple[int, ...]:
-        """`ids` as Python's numbers; made anew each time."""
-        return tuple(self.ids.tolist())
-
-    @property
-    def trained(self) -> tuple[bool, ...]:
-        """`mask` as Python's truth values; made anew each time."""
-        return tuple(self.mask.tolist())
 
     @property
     def segments(self) -> tuple[int, ...]:

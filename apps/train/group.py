@@ -19,6 +19,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from draftloom.errors import DraftloomError, UsageError
 
+from .weights import apart, in_a_row
+
 __all__ = ["Group", "Signals"]
 
 PIECE = 2**26
@@ -130,13 +132,9 @@ class Group:
             pieces[-1].append(array)
         means: list[mx.array] = []
         for piece in pieces:
-            flat = mx.concatenate([array.reshape(-1) for array in piece])
-            flat = mx.distributed.all_sum(flat, group=self._inner) / self.size
-            mx.async_eval(flat)
-            begin = 0
-            for array in piece:
-                means.append(flat[begin : begin + array.size].reshape(array.shape))
-                begin += array.size
+            row = mx.distributed.all_sum(in_a_row(piece), group=self._inner) / self.size
+            mx.async_eval(row)
+            means += apart(row, piece)
         return means
 
     @staticmethod

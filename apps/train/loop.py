@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from .document import repr_digest
 from .evaluate import measure
 from .features import FeatureCache, FeatureError, OnlineFeatures
 from .group import Group, Signals
+from .pace import Launched, Since
 from .responses import Responses, ResponseSettings, prompts_of
 from .settings import TrainSettings
 from .step import BlockBatch, DrafterLoss
@@ -204,8 +204,8 @@ class Trainer:
             self.optimizer, self.state.parameters, self.state.optimizer
         )
         self._updates = Updates(self._loss, self.optimizer, settings)
-        self._launched: _Launched | None = None
-        self._since = _Since()
+        self._launched: Launched | None = None
+        self._since = Since()
         self._begun = False
         self._heard = Signals(clock=self.state.seconds)
         self._stopped: Callable[[], bool] = lambda: False
@@ -303,7 +303,7 @@ class Trainer:
             self._save()
             if settings.eval_first:
                 self._measure()
-        self._since = _Since()
+        self._since = Since()
         finished = self.finished
         while not finished:
             self._step()
@@ -322,7 +322,7 @@ class Trainer:
                 self._save()
             else:
                 continue
-            self._since = _Since()
+            self._since = Since()
             if halted:
                 return False
         return True
@@ -358,16 +358,14 @@ class Trainer:
         before, self._launched = self._launched, None
         if before is not None:
             self._read(before)
-        self._launched = _Launched(
-            state.step, numbers, shares_now, rate, tokens, blocks, operations
-        )
+        self._launched = Launched(state.step, numbers, shares_now, rate, tokens, blocks, operations)
         if not self._begun:
             self._begun, seconds = True, state.seconds
             self._settle()
             took, state.seconds = state.seconds - seconds, seconds
             self._record({"kind": "first-step", "step": state.step, "seconds": took})
             if not (self.finished or _due(state.step, settings.log_every)):
-                self._since = _Since()
+                self._since = Since()
 
     def _together(
         self, gradient: Any, loss: mx.array, shares: mx.array
@@ -391,7 +389,7 @@ class Trainer:
             launched, self._launched = self._launched, None
             self._read(launched)
 
-    def _read(self, launched: _Launched) -> None:
+    def _read(self, launched: Launched) -> None:
         numbers: Any = launched.numbers.tolist()
         loss, norm, *signals = numbers
         if signals:
@@ -430,7 +428,7 @@ class Trainer:
                 "seconds_left": self._seconds_left(progress, since.seconds / since.steps),
             }
         )
-        self._since = _Since()
+        self._since = Since()
 
     def _seconds_left(self, progress: float, of_a_step: float) -> float:
         settings = self.settings
@@ -492,40 +490,6 @@ class Trainer:
 
 def _another_failed(out: Path) -> DraftloomError:
     return DraftloomError("another process failed, and says why", f"{out} holds what was saved")
-
-
-@attrs.frozen(eq=False)
-class _Launched:
-    """A step on the device: its number, [loss, norm] and a group's signals, shares of right slots,
-    learning rate, and how many tokens, blocks and operations it took."""
-
-    step: int
-    numbers: mx.array
-    shares: mx.array
-    rate: float
-    tokens: int
-    blocks: int
-    operations: int
-
-
-class _Since:
-    """Time and work since the last record, or since training went on."""
-
-    def __init__(self) -> None:
-        self._mark = time.perf_counter()
-        self.seconds = 0.0
-        self.steps = self.tokens = self.blocks = self.operations = 0
-        self.last: _Launched | None = None
-
-    def add(self, launched: _Launched) -> float:
-        """Count a step that is done; the seconds it took."""
-        now = time.perf_counter()
-        seconds, self._mark = now - self._mark, now
-        self.seconds += seconds
-        self.steps, self.last = self.steps + 1, launched
-        self.tokens, self.blocks = self.tokens + launched.tokens, self.blocks + launched.blocks
-        self.operations += launched.operations
-        return seconds
 
 
 def _due(step: int, every: int) -> bool:

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from .settings import OPTIMIZERS, TrainSettings
 from .step import BlockBatch, DrafterLoss
-from .weights import in_order
+from .weights import apart, in_a_row, in_order
 
 __all__ = ["Updates", "begin_state", "make_optimizer"]
 
@@ -53,7 +53,7 @@ def _in_a_row(optimizer: optim.Optimizer) -> bool:
 def _row(tree: Any) -> mx.array:
     """All numbers of a tree in one array."""
     flat: Any = tree_flatten(tree)
-    return mx.concatenate([value.reshape(-1) for _, value in flat])
+    return in_a_row([value for _, value in flat])
 
 
 def begin_state(optimizer: optim.Optimizer, parameters: Any, state: Any) -> Any:
@@ -72,8 +72,7 @@ def begin_state(optimizer: optim.Optimizer, parameters: Any, state: Any) -> Any:
     flat: Any = dict(tree_flatten(state))
     if f"{names[0]}.m" in flat:  # saved when every array had moments of its own
         for moment in "mv":
-            rows = [flat.pop(f"{name}.{moment}") for name in names]
-            flat[f"all.{moment}"] = _row(rows)
+            flat[f"all.{moment}"] = in_a_row([flat.pop(f"{name}.{moment}") for name in names])
         optimizer.state = tree_unflatten(list(flat.items()))
     optimizer.init({"all": _row(parameters)})
     return optimizer.state
@@ -110,13 +109,8 @@ class Updates:
         rows, norm = optim.clip_grad_norm({"all": _row(in_order(gradient))}, self._clip)
         new = self._optimizer.apply_gradients(rows, {"all": _row(parameters)})["all"]
         flat: Any = tree_flatten(parameters)
-        ends = [0]
-        for _, value in flat:
-            ends.append(ends[-1] + value.size)
-        parts = mx.split(new, ends[1:-1])
-        named = [
-            (name, part.reshape(old.shape)) for (name, old), part in zip(flat, parts, strict=True)
-        ]
+        names, old = zip(*flat, strict=True)
+        named = list(zip(names, apart(new, old), strict=True))
         return tree_unflatten(named), self._optimizer.state, norm
 
     def gradients(self, parameters: Any, batch: BlockBatch) -> tuple[mx.array, mx.array, Any]:

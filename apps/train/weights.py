@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -10,7 +11,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from draftloom.drafters.dflash.model import DFlashModel
 
-__all__ = ["in_order", "initial_parameters"]
+__all__ = ["apart", "in_a_row", "in_order", "initial_parameters"]
 
 
 def in_order(parameters: Any) -> Any:
@@ -18,6 +19,20 @@ def in_order(parameters: Any) -> Any:
     it was made here or read from a file."""
     flat: Any = tree_flatten(parameters)
     return tree_unflatten(sorted(flat, key=lambda item: item[0]))
+
+
+def in_a_row(arrays: Sequence[mx.array]) -> mx.array:
+    """All numbers of some arrays in one."""
+    return mx.concatenate([array.reshape(-1) for array in arrays])
+
+
+def apart(row: mx.array, like: Sequence[mx.array]) -> list[mx.array]:
+    """The arrays of these shapes whose numbers lie in a row."""
+    ends = [0]
+    for array in like:
+        ends.append(ends[-1] + array.size)
+    parts = mx.split(row, ends[1:-1])
+    return [part.reshape(array.shape) for part, array in zip(parts, like, strict=True)]
 
 
 def initial_parameters(model: DFlashModel, seed: int) -> Any:

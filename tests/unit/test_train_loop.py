@@ -10,7 +10,7 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from draftloom.apps.train import checkpoint, loop
+from draftloom.apps.train import checkpoint, pace
 from draftloom.apps.train.curves import curves_html
 from draftloom.apps.train.data import read_corpus
 from draftloom.apps.train.design import DrafterDesign
@@ -451,7 +451,7 @@ def test_run_ends_with_its_time(
             self.now += 0.1
             return self.now
 
-    monkeypatch.setattr(loop, "time", Clock())
+    monkeypatch.setattr(pace, "time", Clock())
     out = tmp_path / "out"
     request = request_for(toy, out, steps=None, max_minutes=1 / 60, eval_first=False)
     records = train(request, plugins)
