@@ -2,11 +2,15 @@
 
     python docs/benchmarks/step_of_a_shape.py OUT.json [--shape qwen3.5-4b]
     python docs/benchmarks/step_of_a_shape.py OUT.json --kernel gated-norm=cuda --kernel ...
+    python docs/benchmarks/step_of_a_shape.py OUT.json --setting "defaults" \\
+        --setting "traced: compiled-pass=on compiled-draft=on" --turns 5
 
 Weights are random, of one model for all settings; its drafter's are made anew for each. A setting
 is all kernels off, all on, or one of them on alone; ``--kernel`` (repeatable) names those to try.
-"off" leaves the recurrence of gated-delta layers as `auto` runs it. Milliseconds, medians with the
-least and the most, after a warm-up:
+"off" leaves the recurrence of gated-delta layers as `auto` runs it. ``--setting`` (repeatable)
+names others instead: several kernels at once, everything else as `auto` has it. Settings and
+mlx-lm take turns, `--turns` times, so that a machine which changes its speed changes it for all.
+Milliseconds, medians with the least and the most, after a warm-up in each turn:
 
 - verify, M tokens: open a speculation, one pass of the target with the drafter's taps, one blocking
   read of the best tokens and the features; then all is taken back, untimed.
@@ -17,9 +21,9 @@ least and the most, after a warm-up:
 - mlx-lm: its own model and caches, a token at a time, waited for; "ahead" launches the next step
   before it waits, as `mlx_lm` does.
 
-"agrees" is the share of best tokens after a block of 16 that are those of "off". What cannot run
-here is recorded as not available, what fails with its error; the JSON is written after each
-setting.
+"agrees" is the share of best tokens after a block of 16 that are those of the first setting. What
+cannot run here is recorded as not available, what fails with its error; the JSON is written after
+each measurement.
 """
 
 from __future__ import annotations
@@ -55,9 +59,12 @@ KERNELS = (
     "early-launch=every-layer",
     "compiled-pass=on",
     "compiled-draft=on",
+    "few-rows=cuda",
 )
 SIZES, BLOCK, KEPT, WARM_UP = (1, 2, 4, 8, 16), 16, 8, 4
 Times = dict[str, float]
+Samples = dict[str, list[float]]
+"""Seconds by what was timed."""
 
 
 def settings_of(kernels: list[str]) -> dict[str, dict[str, str]]:
@@ -72,15 +79,26 @@ def settings_of(kernels: list[str]) -> dict[str, dict[str, str]]:
     return {"off": off, "all on": off | first, **singles}
 
 
-def timed(run: Callable[[], tuple[float, ...]], rounds: int) -> list[Times]:
-    """Milliseconds of each number that a run gives."""
+def named(text: str) -> tuple[str, dict[str, str]]:
+    """The name and the choices of ``name: op=choice op=choice``; without choices all is `auto`."""
+    name, _, choices = text.partition(":")
+    return name.strip(), dict(choice.split("=", 1) for choice in choices.split())
+
+
+def timed(run: Callable[[], tuple[float, ...]], rounds: int) -> list[list[float]]:
+    """Seconds of each number that a run gives, round by round."""
     for _ in range(WARM_UP):
         run()
-    columns = zip(*[run() for _ in range(rounds)], strict=True)
-    return [
-        {"ms": 1e3 * statistics.median(c), "ms_min": 1e3 * min(c), "ms_max": 1e3 * max(c)}
-        for c in columns
-    ]
+    return [list(column) for column in zip(*[run() for _ in range(rounds)], strict=True)]
+
+
+def in_short(column: list[float]) -> Times:
+    """The middle, the least and the most, in milliseconds."""
+    return {
+        "ms": 1e3 * statistics.median(column),
+        "ms_min": 1e3 * min(column),
+        "ms_max": 1e3 * max(column),
+    }
 
 
 def states(cache: list[Any]) -> list[mx.array]:
@@ -172,12 +190,12 @@ class Steps:
         held["draft"] = drafted.tokens.astype(mx.int32)
         mx.async_eval(held["draft"])
 
-    def measure(self, rounds: int) -> tuple[dict[str, Any], list[int]]:
+    def measure(self, rounds: int, sizes: list[int]) -> tuple[Samples, list[int]]:
         """All of it, and the best tokens after a block."""
         cache, session, features = self.begin()
-        found: dict[str, Any] = {"verify": {}}
-        for tokens in SIZES:
-            (found["verify"][str(tokens)],) = timed(lambda n=tokens: self.verify(cache, n), rounds)
+        found: Samples = {}
+        for tokens in sizes:
+            (found[f"M={tokens}"],) = timed(lambda n=tokens: self.verify(cache, n), rounds)
         speculation, best, _ = self.look(cache, self.block)
         seen: list[int] = best[0].tolist()
         speculation.abort()
@@ -188,11 +206,10 @@ class Steps:
         held = {"session": session, "anchor": mx.array([5], dtype=mx.int32)}
         self.propose(held)
         (found["cycle"],) = timed(lambda: self.cycle(cache, held), rounds)
-        found["draft_tokens"] = self.width
         return found, seen
 
 
-def stock(model: Any, prompt: mx.array, rounds: int) -> dict[str, Times]:
+def stock(model: Any, prompt: mx.array, rounds: int) -> Samples:
     """mlx-lm's own step."""
     cache = make_prompt_cache(model)
     now = model(prompt, cache=cache)[:, -1].argmax(axis=-1)
@@ -217,35 +234,63 @@ def stock(model: Any, prompt: mx.array, rounds: int) -> dict[str, Times]:
     return {"step": timed(step, rounds)[0], "ahead": timed(ahead, rounds)[0]}
 
 
+class Setting:
+    """What was found of one setting, turn after turn.
+
+    Args:
+        builder: of its pipeline.
+    """
+
+    def __init__(self, builder: PipelineBuilder) -> None:
+        self._builder = builder
+        self._samples: Samples = {}
+        self._seconds: list[float] = []
+        self.found: dict[str, Any] = {}
+        try:
+            builder.check()
+        except GraphError as error:
+            self.found = {"not available": " ".join(str(error).split())}
+
+    def turn(
+        self, prompt: mx.array, rounds: int, sizes: list[int], expected: list[int]
+    ) -> dict[str, Any]:
+        """Measure once more, and what is known so far; `expected` is filled by the first setting
+        that gives tokens."""
+        if "not available" in self.found or "failed" in self.found:
+            return self.found
+        start = time.perf_counter()
+        try:
+            with self._builder.build() as pipeline:
+                steps = Steps(pipeline, prompt)
+                samples, seen = steps.measure(rounds, sizes)
+                self.found["pipeline"] = pipeline.describe()
+                self.found["draft_tokens"] = steps.width
+        except Exception as error:  # noqa: BLE001 - the next setting is still worth having
+            said = " ".join(str(error).split())[:500]
+            self.found = {"failed": f"{type(error).__name__}: {said}"}
+            return self.found
+        expected[:] = expected or seen
+        agrees = sum(a == b for a, b in zip(seen, expected, strict=True)) / len(seen)
+        self._seconds.append(time.perf_counter() - start)
+        add(self._samples, samples)
+        self.found |= {"agrees": agrees, "seconds": self._seconds}
+        self.found |= {name: in_short(column) for name, column in self._samples.items()}
+        return self.found
+
+
+def add(to: Samples, more: Samples) -> None:
+    """Add the samples of one more turn."""
+    for name, column in more.items():
+        to.setdefault(name, []).extend(column)
+
+
 def line(name: str, found: dict[str, Any]) -> str:
     """A setting in a line."""
-    if "verify" not in found:
-        return f"{name}: {found.get('not available') or found.get('failed')}"
-    verify = ", ".join(f"M={m} {t['ms']:.2f}" for m, t in found["verify"].items())
-    rest = ", ".join(
-        f"{k} {found[k]['ms']:.2f}" for k in ("commit", "state", "draft", "cycle") if k in found
-    )
-    agrees, seconds = found["agrees"], found["seconds"]
-    return f"{name}: {verify}; {rest} ms; agrees {agrees:.2f}; took {seconds:.1f} s"
-
-
-def one(builder: PipelineBuilder, prompt: mx.array, rounds: int, expected: list[int]) -> Any:
-    """A setting's record; `expected` is filled by the first that gives tokens."""
-    start = time.perf_counter()
-    try:
-        builder.check()
-    except GraphError as error:
-        return {"not available": " ".join(str(error).split())}
-    try:
-        with builder.build() as pipeline:
-            built = time.perf_counter() - start
-            found, seen = Steps(pipeline, prompt).measure(rounds)
-            found["pipeline"] = pipeline.describe()
-    except Exception as error:  # noqa: BLE001 - the next setting is still worth having
-        return {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"}
-    expected[:] = expected or seen
-    found["agrees"] = sum(a == b for a, b in zip(seen, expected, strict=True)) / len(seen)
-    return found | {"build_seconds": built, "seconds": time.perf_counter() - start}
+    why = found.get("not available") or found.get("failed")
+    if why:
+        return f"{name}: {why}"
+    times = ", ".join(f"{k} {v['ms']:.2f}" for k, v in found.items() if isinstance(v, dict))
+    return f"{name}: {times} ms" + (f"; agrees {found['agrees']:.2f}" if "agrees" in found else "")
 
 
 def main() -> None:
@@ -255,10 +300,17 @@ def main() -> None:
     parser.add_argument("--shape", default="qwen3.5-4b", choices=shape_names())
     parser.add_argument("--dtype", default="bfloat16", choices=sorted(DTYPES))
     parser.add_argument("--kernel", action="append", metavar="OP=CHOICE", help="instead of all")
+    parser.add_argument(
+        "--setting", action="append", metavar="'NAME: OP=CHOICE ...'", help="instead of those"
+    )
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="tokens of a pass")
     parser.add_argument("--context", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=10, help="a turn")
+    parser.add_argument("--turns", type=int, default=2)
     options = parser.parse_args()
     settings = settings_of(options.kernel or list(KERNELS))
+    if options.setting:
+        settings = dict(map(named, options.setting))
     start = time.perf_counter()
     subject = simulated_subject(Simulation(options.shape, (1.0,)), options.dtype, [("own", None)])
     made = time.perf_counter() - start
@@ -273,7 +325,7 @@ def main() -> None:
         "shape": options.shape,
         "dtype": options.dtype,
         "context": options.context,
-        "rounds": options.rounds,
+        "rounds": options.rounds * options.turns,
         "kept": KEPT,
         "weights_seconds": made,
         "chosen": settings,
@@ -283,20 +335,20 @@ def main() -> None:
     def write() -> None:
         options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
-    try:
-        report["mlx-lm"] = stock(subject.model, prompt, options.rounds)
-        print("mlx-lm:", ", ".join(f"{k} {t['ms']:.2f}" for k, t in report["mlx-lm"].items()), "ms")
-    except Exception as error:  # noqa: BLE001 - the settings are still worth having
-        report["mlx-lm"] = {"failed": f"{type(error).__name__}: {error}"}
-        print(report["mlx-lm"])
-    write()
     expected: list[int] = []
-    for name, choices in settings.items():
-        found = one(builder.kernels(choices), prompt, options.rounds, expected)
-        report["settings"][name] = found
-        print(line(name, found), flush=True)
+    plain: Samples = {}
+    tried = {name: Setting(builder.kernels(choices)) for name, choices in settings.items()}
+    for turn in range(options.turns):
+        for name, setting in tried.items():
+            found = setting.turn(prompt, options.rounds, options.sizes, expected)
+            report["settings"][name] = found
+            print(f"{turn + 1}: {line(name, found)}", flush=True)
+            write()
+            mx.clear_cache()
+        add(plain, stock(subject.model, prompt, options.rounds))
+        report["mlx-lm"] = {name: in_short(column) for name, column in plain.items()}
+        print(f"{turn + 1}: {line('mlx-lm', report['mlx-lm'])}", flush=True)
         write()
-        mx.clear_cache()
 
 
 if __name__ == "__main__":
