@@ -25,6 +25,7 @@ from draftloom.drafters.dflash import DFlashModel
 from draftloom.drafters.formats import describe_checkpoint
 from draftloom.errors import UnknownNameError, UsageError
 from draftloom.plugins import PluginManager
+from draftloom.recording import Deferred
 from tests.support.models import build
 
 
@@ -201,6 +202,26 @@ def test_timing_the_stages_changes_no_token(name: str, verifier: str) -> None:
     assert plain.stats.accepted == timed.stats.accepted
     assert set(clock.seconds) == set(STAGES) - {"host"}
     assert all(seconds > 0 for seconds in clock.seconds.values())
+
+
+def test_timing_the_stages_replays_no_more_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = [0]
+    result = Deferred.result
+
+    def counted(self: Deferred) -> Any:
+        looks[0] += 1
+        return result(self)
+
+    monkeypatch.setattr(Deferred, "result", counted)
+    builder = PipelineBuilder(plugins=PluginManager(entry_points=False)).model(build("qwen3_5"))
+    builder = builder.drafter("prompt-lookup").width(3).kernels({"replay-verify": "on"})
+    found = []
+    with builder.build() as pipeline:
+        for one in (pipeline, _instrumented(pipeline, _Clock())):
+            looks[0] = 0
+            one.generate((1, 2, 3, 1, 2, 3, 1, 2), max_tokens=24)
+            found.append(looks[0])
+    assert found[0] == found[1]
 
 
 def test_stage_times_cover_all_stages_and_cycles() -> None:
