@@ -25,6 +25,7 @@ __all__ = [
     "Bindable",
     "Calibratable",
     "Checkable",
+    "DraftsAhead",
     "DraftsInPart",
     "Parkable",
     "Reporting",
@@ -86,6 +87,29 @@ class DraftsInPart(Protocol):
     ) -> Draft:
         """The first `count` (>= 1) of up to `width` (>= `count`) tokens that `propose` would give.
         Called in its place where fewer tokens are verified than slots are filled."""
+
+
+@runtime_checkable
+class DraftsAhead(Protocol):
+    """A draft session that can draft while the host does not know yet what was kept.
+
+    Attributes:
+        ahead: whether it can as it is built and tuned.
+    """
+
+    ahead: bool
+
+    def propose_ahead(
+        self, features: mx.array, kept: mx.array, anchor: mx.array, width: int, count: int
+    ) -> mx.array | None:
+        """The tokens that these two would give: `observe` of the first `kept` ([1] int32, on the
+        device) of the features [1, T, F], and `propose_first` with the rest of the arguments. Both
+        are called afterwards, once the host knows; where they ask for the same, or for fewer
+        tokens, the draft is there. Called in greedy decoding only.
+
+        Returns:
+            Lazy tokens, to be launched; None where this draft cannot be made ahead.
+        """
 
 
 @runtime_checkable

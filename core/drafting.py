@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import attrs
 import mlx.core as mx
 
-from draftloom.abilities import DraftsInPart
+from draftloom.abilities import DraftsAhead, DraftsInPart
 from draftloom.contracts import Draft, Drafter, DraftLaw, DraftRequest, DraftSession
 from draftloom.errors import DrafterFallbackWarning, DraftloomError, UsageError
 from draftloom.events import GenerationStats
@@ -51,6 +51,11 @@ class GuardedDrafter:
         """Whether it can still propose."""
         return self._session is not None
 
+    @property
+    def ahead(self) -> bool:
+        """Whether the session can draft before it is known what was kept."""
+        return isinstance(self._session, DraftsAhead) and self._session.ahead
+
     def open(self, request: DraftRequest) -> None:
         """Begin the generation."""
         try:
@@ -84,6 +89,21 @@ class GuardedDrafter:
             return Draft.empty()
         self.drafted = proposal.width if proposal.filled is None else proposal.filled
         return usable
+
+    def launch_ahead(
+        self, features: mx.array | None, kept: mx.array, anchor: mx.array, draft: int, verify: int
+    ) -> None:
+        """Launch the next draft before it is known how many tokens are `kept` ([1] int32), if the
+        session can. `observe` and `propose` follow as ever."""
+        session = self._session
+        if not isinstance(session, DraftsAhead) or features is None or min(draft, verify) <= 0:
+            return
+        try:
+            tokens = session.propose_ahead(features, kept, anchor, draft, min(verify, draft))
+            if tokens is not None:
+                mx.async_eval(tokens)
+        except Exception as error:  # noqa: BLE001 a drafter may fail in any way
+            self.give_up(one_line(error))
 
     def drop(self, reason: str) -> None:
         """Go on with the target alone for a reason that is not the drafter's; it was said."""

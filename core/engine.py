@@ -403,14 +403,22 @@ class Engine:
         chosen, self._chosen = self._chosen, None
         return self._width.choose(self._max_width) if chosen is None else chosen
 
-    def _look_ahead(self) -> None:
-        """Between launching a plain cycle's read and waiting for it: launch the next one, if that
-        is a plain one too."""
-        if self._passed or not self._overlaps or self.stats.generated_tokens + 2 > self._limit:
+    def _look_ahead(self, drafted: bool) -> None:
+        """Between launching a cycle's read and waiting for it: launch the next draft, where the
+        drafter can; or, after a plain cycle, the next one, if that is a plain one too."""
+        if not self._overlaps or self.stats.generated_tokens + 2 > self._limit:
+            return
+        if self._passed and not (drafted and self._drafter.ahead and self.sampling.params.greedy):
             return
         try:
             self._chosen = self._width.choose(self._max_width)
         except Exception:  # noqa: BLE001 it is asked again after the read, and raises there
+            return
+        if self._passed:
+            plan, room = self._plan, self._limit - self.stats.generated_tokens - 2
+            kept, anchor, width = plan.get("num_accepted"), plan.get("next_token"), self._chosen
+            widths = width.draft, min(width.verify, room)
+            self._drafter.launch_ahead(plan.get("features"), kept + 1, anchor, *widths)
             return
         if min(self._chosen) > 0 and self._drafter.alive:
             return
@@ -445,7 +453,7 @@ class Engine:
         if self._scores is not None:
             scores = self._scores.lazy(logits, draft.tokens, num_accepted, next_token)
         mx.async_eval(packed, *scores)  # before the next pass, or the read would wait for that
-        self._look_ahead()
+        self._look_ahead(width > 0)
         if scores:
             mx.eval(packed, *scores)
         row: list[int] = packed.tolist()[0]  # type: ignore

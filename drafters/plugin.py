@@ -33,8 +33,12 @@ def register_drafters(register: Register) -> None:
 @hookimpl
 def register_kernels(register: Register) -> None:
     """How a drafter's pass is launched."""
-    full, summary = "compiled-draft/on", "a drafter's pass over a block is traced once and replayed"
-    register(full, "draftloom.drafters.dflash.compiled:on", ComponentInfo(full, summary))
+    for name, summary in (
+        ("on", "a drafter's pass over a block is traced once and replayed"),
+        ("ahead", "the same, and launched before the host knows what the draft goes on from"),
+    ):
+        full = f"compiled-draft/{name}"
+        register(full, f"draftloom.drafters.dflash.compiled:{name}", ComponentInfo(full, summary))
 
 
 @hookimpl(trylast=True)

@@ -369,6 +369,7 @@ class BlockContext:
         self._loaded = loaded
         self._cache = loaded.network.make_cache(loaded.window)
         self._pending: list[mx.array] = []
+        self._written = False  # what is observed next is in the buffers, and only to be counted
 
     def observe(self, committed: Sequence[Sequence[int]], features: mx.array | None) -> None:
         """Take in the features [B, T, F] of committed tokens.
@@ -380,6 +381,11 @@ class BlockContext:
             raise ValueError(f"{self._loaded.description.drafter} needs the target's hidden states")
         if len({len(row) for row in committed}) > 1:
             raise ValueError("rows of different lengths cannot share a context cache")
+        if self._written:
+            self._written = False
+            for entry in self._cache:
+                entry.advance(len(committed[0]))
+            return
         self._pending.append(features[:, : len(committed[0])])
         if sum(rows.shape[1] for rows in self._pending) >= MAX_PENDING:
             self._extend()
@@ -403,14 +409,40 @@ class BlockContext:
         """Hidden states [B, count, D] of the first slots that predict the tokens after the anchor
         [B], from one pass over [anchor, MASK ..] with `width` such slots; None is all of them."""
         self._extend()
-        count = width if count is None else count
-        described, loaded = self._loaded.description, self._loaded
+        self._written = False
+        embeddings, rows = self._block(anchor, width, width if count is None else count)
+        loaded, compiled = self._loaded, self._loaded.compiled
+        found = None if compiled is None else compiled.run(embeddings, self._cache, rows)
+        return self._scaled(
+            loaded.network(embeddings, self._cache, rows) if found is None else found
+        )
+
+    def hidden_ahead(
+        self, features: mx.array, kept: mx.array, anchor: mx.array, width: int, count: int
+    ) -> mx.array | None:
+        """The same over a context that is longer by the first `kept` ([1] int32) of the features
+        [1, T, F], which are observed after it; None where that cannot be done now."""
+        compiled = self._loaded.compiled
+        if compiled is None or not compiled.ahead or features.shape[0] > 1:
+            return None
+        self._extend()
+        embeddings, rows = self._block(anchor, width, count)
+        features = self._loaded.features(features)
+        found = compiled.run_ahead(features, kept, embeddings, self._cache, rows)
+        if found is None:
+            return None
+        self._written = True
+        return self._scaled(found)
+
+    def _block(self, anchor: mx.array, width: int, count: int) -> tuple[mx.array, slice]:
+        """Embeddings of [anchor, MASK ..] with `width` slots, and the rows of the first `count`."""
+        described = self._loaded.description
         shape = (anchor.shape[0], width - 1 + described.first_slot)
         masks = mx.full(shape, described.mask_token_id, dtype=mx.int32)
         block = mx.concatenate([anchor[:, None].astype(mx.int32), masks], axis=1)
         rows = slice(described.first_slot, described.first_slot + count)
-        embeddings, compiled = loaded.embed(block), loaded.compiled
-        found = None if compiled is None else compiled.run(embeddings, self._cache, rows)
-        hidden: mx.array = loaded.network(embeddings, self._cache, rows) if found is None else found
-        scale = described.output_multiplier
+        return self._loaded.embed(block), rows
+
+    def _scaled(self, hidden: mx.array) -> mx.array:
+        scale = self._loaded.description.output_multiplier
         return hidden if scale == 1.0 else hidden * scale

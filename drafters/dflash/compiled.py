@@ -3,6 +3,10 @@
 What `mx.compile` is given are the embeddings of the block, where the context ends, and the
 context's buffers at their allocated length; it gives hidden states and the buffers. The projection
 of features, the embedding and the head stay outside.
+
+``compiled-draft=ahead`` also launches the next draft before the host has read how many tokens were
+kept: the features of the whole block and that number, still on the device, are inputs too. All
+rows go into the buffers; those past the end of what was kept are free rows like any other.
 """
 
 from __future__ import annotations
@@ -23,7 +27,15 @@ from draftloom.traces import Traces
 from .context import NOWHERE, ContextCache
 from .model import DFlashLayer, DFlashModel
 
-__all__ = ["MOST_TRACES", "OPERATION", "CompiledBlock", "TracedContext", "compiled_block", "on"]
+__all__ = [
+    "MOST_TRACES",
+    "OPERATION",
+    "CompiledBlock",
+    "TracedContext",
+    "ahead",
+    "compiled_block",
+    "on",
+]
 
 OPERATION = "compiled-draft"
 MOST_TRACES = 16
@@ -50,6 +62,19 @@ class TracedContext(ContextCache):
         """Positions kept now, [1] int32."""
         return self.offset if self.limit is None else mx.minimum(self.offset, self.limit)
 
+    def spans(self, tokens: int) -> list[tuple[int, int]]:
+        """All of them: whoever traces has seen to it that there is room."""
+        return [(0, tokens)]
+
+    def put(self, start: Any, keys: mx.array, values: mx.array) -> None:
+        """As `ContextCache.put`, without an end to the context."""
+        both = zip(self.arrays, (keys, values), strict=True)
+        self.arrays = [mx.slice_update(old, new, start, axes=(2,)) for old, new in both]
+
+    def advance(self, tokens: Any) -> None:
+        """Count positions; how many may be on the device alone."""
+        self.offset = self.offset + tokens
+
     def with_block(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """All rows of the context's keys and values, a block [B, heads, T, size] behind them."""
         both = zip(self.arrays, (keys, values), strict=True)
@@ -75,13 +100,16 @@ class CompiledBlock:
 
     Args:
         network: loaded.
+        ahead: whether drafts may be launched before it is known what they go on from.
 
     Attributes:
+        ahead: as above.
         replayed: passes that were one call.
     """
 
-    def __init__(self, network: DFlashModel) -> None:
+    def __init__(self, network: DFlashModel, ahead: bool = False) -> None:
         self._network = network
+        self.ahead = ahead
         self._traces: Traces[Callable[..., list[mx.array]]] = Traces(MOST_TRACES)
         self.replayed = 0
         # What is lazy would be computed again in every pass.
@@ -104,24 +132,58 @@ class CompiledBlock:
         """
         if not all(entry.arrays for entry in cache):
             return None
-        offset = cache[0].offset
+        return self._replay(embeddings, cache, rows, [])
+
+    def run_ahead(
+        self,
+        features: mx.array,
+        count: mx.array,
+        embeddings: mx.array,
+        cache: Sequence[ContextCache],
+        rows: slice,
+    ) -> mx.array | None:
+        """The same over a context that is longer by the first `count` ([1] int32) of the features
+        [1, S, F]. Its buffers hold them afterwards; who knows the number has to count them
+        (`advance`). None where the context is empty, or may have no room for all of them.
+
+        Raises:
+            Exception: what tracing raises; the context is as before.
+        """
+        more = features.shape[1] + embeddings.shape[1]
         for entry in cache:
-            entry.reserve(embeddings.shape[1])
+            full = entry.limit is not None and entry.offset + more > entry.limit
+            if full or not entry.arrays:
+                return None
+        return self._replay(embeddings, cache, rows, [features, count])
+
+    def _replay(
+        self,
+        embeddings: mx.array,
+        cache: Sequence[ContextCache],
+        rows: slice,
+        extra: list[mx.array],
+    ) -> mx.array:
+        offset, more = cache[0].offset, extra[0].shape[1] if extra else 0
+        for entry in cache:
+            entry.reserve(embeddings.shape[1] + more)
         shapes = [tuple((a.shape, a.dtype) for a in entry.arrays) for entry in cache]
         kinds = tuple((entry.sinks, entry.window) for entry in cache)
-        form = (embeddings.shape, embeddings.dtype, rows.start, rows.stop, *shapes, kinds)
-        trace = self._traces.of(form, partial(self._trace, kinds, rows))
+        given = tuple((a.shape, a.dtype) for a in (embeddings, *extra))
+        trace = self._traces.of(
+            (given, rows.start, rows.stop, *shapes, kinds), partial(self._trace, kinds, rows)
+        )
         taken = [entry.arrays for entry in cache]
         for entry in cache:
             entry.arrays = []  # nobody but the graph holds them: they are written where they lie
         try:
-            given = [list(arrays) for arrays in taken]  # MLX leaves placeholders where it fails
-            hidden, *found = trace(embeddings, mx.full((1,), offset, dtype=mx.int32), given)
+            buffers = [list(arrays) for arrays in taken]  # MLX leaves placeholders where it fails
+            start = mx.full((1,), offset, dtype=mx.int32)
+            hidden, *found = trace(embeddings, start, buffers, extra)
         except BaseException:
             for entry, arrays in zip(cache, taken, strict=True):
                 entry.arrays = arrays
             raise
-        del taken, given
+        del taken, buffers
         for entry, keys, values in zip(cache, found[::2], found[1::2], strict=True):
             entry.arrays = [keys, values]
         self.replayed += 1
@@ -132,9 +194,16 @@ class CompiledBlock:
     ) -> Callable[..., list[mx.array]]:
         network = self._network
 
-        def run(x: mx.array, offset: mx.array, given: list[list[mx.array]]) -> list[mx.array]:
+        def run(
+            x: mx.array, offset: mx.array, given: list[list[mx.array]], extra: list[mx.array]
+        ) -> list[mx.array]:
             pairs = zip(kinds, given, strict=True)
             contexts: list[Any] = [TracedContext(kind, arrays, offset) for kind, arrays in pairs]
+            if extra:
+                features, count = extra
+                network.extend(features, contexts)
+                for context in contexts:
+                    context.offset = offset + count
             hidden = network(x, contexts, rows)
             return [hidden, *(array for context in contexts for array in context.arrays)]
 
@@ -153,9 +222,10 @@ def compiled_block(
         description: of the checkpoint.
         settings: the switches.
     """
-    if settings.use(OPERATION, off=OFF) in (None, OFF):
+    choice = settings.use(OPERATION, off=OFF)
+    if choice in (None, OFF):
         return None
-    reason = ""
+    ahead, reason = choice == "ahead", ""
     plain = all(type(layer) is DFlashLayer for layer in network.layers)
     if not plain or type(network).__call__ is not DFlashModel.__call__:
         reason = "the drafter has other layers than DFlash's"
@@ -167,8 +237,12 @@ def compiled_block(
             size = description.hidden_size
             features = mx.zeros((1, 2, len(description.tap_layers) * size), dtype=dtype)
             network.extend(features, cache)
-            compiled.run(mx.zeros((1, 4, size), dtype=dtype), cache, slice(1, 4))
-            return CompiledBlock(network)
+            block, rows = mx.zeros((1, 4, size), dtype=dtype), slice(1, 4)
+            compiled.run(block, cache, rows)
+            if ahead:
+                count = mx.array([1], dtype=mx.int32)
+                compiled.run_ahead(features, count, block, cache, rows)
+            return CompiledBlock(network, ahead)
         except Exception as error:  # noqa: BLE001 said below
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     _log.warning("%s: drafts run as they are: %s", OPERATION, reason)
@@ -176,10 +250,16 @@ def compiled_block(
 
 
 class On:
-    """The operation's one implementation."""
+    """An implementation of the operation.
 
-    name = "on"
-    info = ComponentInfo(f"{OPERATION}/on", "a drafter's pass is traced once and replayed")
+    Args:
+        name: of it.
+        summary: for listings.
+    """
+
+    def __init__(self, name: str, summary: str) -> None:
+        self.name = name
+        self.info = ComponentInfo(f"{OPERATION}/{name}", summary)
 
     @staticmethod
     def checks() -> Iterator[Check]:
@@ -193,7 +273,8 @@ class On:
             )
 
 
-on = On()
+on = On("on", "a drafter's pass over a block is traced once and replayed")
+ahead = On("ahead", "the same, and launched before the host knows what the draft goes on from")
 
 
 def _traced(sinks: int, window: int | None, offset: int) -> list[mx.array]:

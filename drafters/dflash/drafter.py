@@ -8,6 +8,7 @@ from draftloom.contracts import ComponentInfo, Draft, DraftLaw, DraftRequest, Ne
 from draftloom.sampling import SamplingState
 
 from .base import BlockDrafter, BlockSession
+from .block import LoadedDrafter
 
 __all__ = ["DFlashDrafter"]
 
@@ -54,10 +55,31 @@ class DFlashDrafter(BlockDrafter):
 class DFlashSession(BlockSession):
     """One generation: a context, and the most likely token of every slot."""
 
+    def __init__(self, loaded: LoadedDrafter) -> None:
+        super().__init__(loaded)
+        self.ahead = loaded.compiled is not None and loaded.compiled.ahead
+        self._ahead: tuple[int, int, Draft] | None = None
+
     def _propose(self, anchor: mx.array, width: int, count: int, sampling: SamplingState) -> Draft:
         """`count` tokens [B, count] after the anchor [B],
         from one pass over [anchor, MASK ..] with `width` slots."""
-        hidden = self._context.hidden(anchor, width, count)
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == width and ahead[1] >= count:
+            return ahead[2].first(count)
+        return self._drafted(self._context.hidden(anchor, width, count))
+
+    def propose_ahead(
+        self, features: mx.array, kept: mx.array, anchor: mx.array, width: int, count: int
+    ) -> mx.array | None:
+        """See `draftloom.abilities.DraftsAhead`."""
+        hidden = self._context.hidden_ahead(features, kept, anchor, width, count)
+        if hidden is None:
+            return None
+        draft = self._drafted(hidden)
+        self._ahead = width, count, draft
+        return draft.tokens
+
+    def _drafted(self, hidden: mx.array) -> Draft:
         logits = self._loaded.logits(hidden)
         # A soft cap keeps the order of logits, so that the argmax needs none.
         tokens = mx.argmax(logits, axis=-1)

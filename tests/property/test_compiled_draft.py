@@ -11,6 +11,8 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
+from draftloom import SamplingParams, SamplingState
+from draftloom.contracts import DraftRequest
 from draftloom.drafters.dflash.compiled import CompiledBlock, compiled_block
 from draftloom.kernel_settings import KernelSettings
 from tests.support import cases, models, pipelines
@@ -77,10 +79,11 @@ def test_hidden_states(kind: str, window: int | None, tmp_path: Path) -> None:
     assert wrong < 1e-5
 
 
+@pytest.mark.parametrize("how", ["on", "ahead"])
 @pytest.mark.parametrize("drafter", ["dflash", "dspark", "cascade"])
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_5"])
-def test_text_and_caches(family: str, drafter: str, tmp_path: Path) -> None:
-    kernels = (*ON.items(), ("compiled-pass", "on"))
+def test_text_and_caches(family: str, drafter: str, how: str, tmp_path: Path) -> None:
+    kernels = (("compiled-draft", how), ("compiled-pass", "on"))
     one = Case(family, drafter, "auto", "block", 6, PROMPT, kernels=kernels)
     assert cases.run(one, tmp_path) > 2
 
@@ -96,6 +99,56 @@ def test_drafts_are_compiled_in_a_pipeline(tmp_path: Path) -> None:
         assert result.token_ids == expected
         assert compiled.replayed > 10 > compiled.traced
         assert not result.stats.fell_back
+
+
+@pytest.mark.parametrize("window", [None, 60])
+@pytest.mark.parametrize("kind", list(LAYERS))
+def test_drafts_made_ahead_are_those_made_after(
+    kind: str, window: int | None, tmp_path: Path
+) -> None:
+    """Whatever is kept of the block, and where the context's window fills on the way."""
+    options: dict[str, Any] = {} if window is None else {"window": window, "sinks": 3}
+    folder = checkpoint(tmp_path, **LAYERS[kind])
+    builder = pipelines.builder(models.build("qwen3")).kernels({"compiled-draft": "ahead"})
+    sampling, made = SamplingState(SamplingParams()), 0
+    with builder.drafter("dflash", checkpoint=str(folder), **options).build() as pipeline:
+        drafter = pipeline._parts.drafter
+        request = DraftRequest((PROMPT,), sampling, models.VOCAB)
+        ours, plain = drafter.open(request), drafter.open(request)
+        assert ours.ahead
+        key = mx.random.key(4)
+        for step in range(40):
+            key, one = mx.random.split(key)
+            features = mx.random.normal((1, 6, 2 * models.HIDDEN), key=one)
+            kept, anchor = 1 + step * 5 % 6, mx.array([step % models.VOCAB])
+            count = 5 - step % 2
+            tokens = ours.propose_ahead(features, mx.array([kept]), anchor, 5, count)
+            drafts = []
+            for session in (ours, plain):
+                session.observe(((0,) * kept,), features[:, :kept])
+                width = 4 if step % 9 == 8 else 5  # another width is drafted anew
+                drafts.append(session.propose_first(anchor, width, min(count, 3), sampling))
+            assert drafts[0].tokens.tolist() == drafts[1].tokens.tolist(), step
+            made += tokens is not None
+            assert bool(drafts[0].healthy) and not ours._context._pending
+        room = {"full": {None: 39, 60: 10}, "sliding": {None: 0, 60: 0}}
+        assert made >= room[kind][window] > -1
+    assert made < 40, "an empty context cannot be gone on from"
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 5, 17, 60])
+def test_a_text_with_drafts_launched_ahead(limit: int, tmp_path: Path) -> None:
+    expected = greedy_trace("qwen3", PROMPT, limit).tokens[len(PROMPT) :][:limit]
+    builder = pipelines.builder(models.build("qwen3"))
+    builder = builder.drafter("dflash", checkpoint=str(checkpoint(tmp_path))).width(5)
+    found = []
+    for how in ("on", "ahead"):
+        with builder.kernels({"compiled-draft": how}).build() as pipeline:
+            result = pipeline.generate(PROMPT, max_tokens=limit)
+            assert result.token_ids == expected
+            assert not result.stats.fell_back
+            found.append((result.stats.accepted, result.stats.verified, result.stats.cycles))
+    assert found[0] == found[1]
 
 
 def test_a_failure_while_tracing_leaves_the_context(
