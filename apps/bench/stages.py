@@ -81,7 +81,7 @@ def _states(cache: Sequence[Any]) -> list[Any]:
     more, and only here."""
     found = []
     for entry in cache:
-        slots = getattr(entry, "cache", None)
+        slots: Any = getattr(entry, "cache", None)
         if isinstance(entry, RecordingEntry):
             deferred, slots = entry.deferred, entry.slots
         else:

@@ -130,9 +130,9 @@ def test_drafts_made_ahead_are_those_made_after(
                 drafts.append(session.propose_first(anchor, width, min(count, 3), sampling))
             assert drafts[0].tokens.tolist() == drafts[1].tokens.tolist(), step
             made += tokens is not None
-            assert bool(drafts[0].healthy) and not ours._context._pending
+            assert bool(drafts[0].healthy)
         room = {"full": {None: 39, 60: 10}, "sliding": {None: 0, 60: 0}}
-        assert made >= room[kind][window] > -1
+        assert made >= room[kind][window]
     assert made < 40, "an empty context cannot be gone on from"
 
 
