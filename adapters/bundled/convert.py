@@ -1,4 +1,4 @@
-"""Make a bundled pair from a trained one: MLX weights in 8 bits, tokenizer, configs.
+"""Make a bundled pair from a trained one: MLX weights in 6 or 8 bits, tokenizer, configs.
 
 Run once per pair, from the repository root::
 
@@ -40,7 +40,7 @@ class QuantSpec:
     """How matrices are stored.
 
     Attributes:
-        bits: Bits a weight. Only 8: codes are then whole bytes.
+        bits: Bits a weight, 2 to 8.
         group_size: Weights along the input axis that share a scale and a bias.
     """
 
@@ -83,15 +83,13 @@ def quantize_matrix(weight: mx.array, spec: QuantSpec) -> tuple[mx.array, mx.arr
         spec: Bits and group size.
 
     Returns:
-        weight [rows, columns / 4] uint32 (four codes a word, lowest byte first),
-        scales and biases [rows, columns / group_size] bfloat16.
+        weight [rows, columns * bits / 32] uint32 (a row's codes one after the other, lowest bit
+        first), scales and biases [rows, columns / group_size] bfloat16.
 
     Raises:
-        ModelError: `spec.bits` is not 8, or the columns do not divide into groups.
+        ModelError: the columns do not divide into groups.
     """
     rows, columns = weight.shape
-    if spec.bits != 8:
-        raise ModelError(f"bits={spec.bits}: only 8-bit codes can be packed here")
     if columns % spec.group_size:
         raise ModelError(f"{columns} columns do not divide into groups of {spec.group_size}")
     exact = weight.astype(mx.float32)
@@ -101,8 +99,8 @@ def quantize_matrix(weight: mx.array, spec: QuantSpec) -> tuple[mx.array, mx.arr
     offset = biases.astype(mx.float32)[..., None]
     groups = exact.reshape(rows, -1, spec.group_size)
     codes = mx.round((groups - offset) / mx.where(step == 0, 1.0, step))
-    codes = mx.clip(codes, 0, 255).astype(mx.uint8).reshape(rows, columns)
-    return codes.view(mx.uint32), scales, biases
+    codes = mx.clip(codes, 0, 2**spec.bits - 1).astype(mx.uint8).reshape(rows, columns)
+    return _packed(codes, spec.bits).view(mx.uint32), scales, biases
 
 
 def convert_part(source: Path, destination: Path, spec: QuantSpec) -> PartReport:
@@ -183,12 +181,20 @@ def convert_pair(
     return reports
 
 
+def _packed(codes: mx.array, bits: int) -> mx.array:
+    """Codes [rows, columns] uint8 as a stream of `bits` each, [rows, columns * bits / 8] uint8."""
+    stream = (codes[..., None] >> mx.arange(bits, dtype=mx.uint8)) & 1
+    places = mx.arange(8, dtype=mx.uint8)
+    octets = stream.reshape(codes.shape[0], -1, 8) << places
+    return octets.sum(axis=-1).astype(mx.uint8)
+
+
 def _count(tensors: Mapping[str, mx.array], packed: Mapping[str, Any] | None) -> int:
     """Weights of the model, packed ones counted singly, scales and biases not at all."""
     if not packed:
         return sum(value.size for value in tensors.values())
     return sum(
-        value.size * (32 // packed["bits"] if value.dtype == mx.uint32 else 1)
+        value.size * 32 // packed["bits"] if value.dtype == mx.uint32 else value.size
         for name, value in tensors.items()
         if not name.endswith((".scales", ".biases"))
     )
@@ -224,9 +230,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("source", type=Path, help="folder with target/ and draft/")
     parser.add_argument("destination", type=Path, help="folder to write, named after the pair")
     parser.add_argument("--description", required=True, help="one line for listings")
+    parser.add_argument("--bits", type=int, default=8, choices=(4, 6, 8), help="of a weight")
     parser.add_argument("--group-size", type=int, default=64, choices=(32, 64, 128))
     args = parser.parse_args(argv)
-    spec = QuantSpec(group_size=args.group_size)
+    spec = QuantSpec(args.bits, args.group_size)
     try:
         reports = convert_pair(args.source, args.destination, args.description, spec)
     except ModelError as error:

@@ -127,9 +127,9 @@ def test_draft_fits_target(pair: BundledPair) -> None:
     assert all(0 <= tap < target["num_hidden_layers"] for tap in taps)
     assert 0 <= draft["dflash_config"]["mask_token_id"] < target["vocab_size"]
     tensors = mx.load(str(pair.draft / "model.safetensors"))
-    per_word = 32 // draft["quantization"]["bits"]
     rows, words = tensors["fc.weight"].shape
-    assert (rows, words * per_word) == (draft["hidden_size"], len(taps) * target["hidden_size"])
+    columns = words * 32 // draft["quantization"]["bits"]
+    assert (rows, columns) == (draft["hidden_size"], len(taps) * target["hidden_size"])
     layers = {name.split(".")[1] for name in tensors if name.startswith("layers.")}
     assert len(layers) == draft["num_hidden_layers"] == len(draft["layer_types"])
 
@@ -151,18 +151,19 @@ def test_pair_with_missing_file_is_named(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128])
-def test_quantize_matrix_is_no_worse_than_mlx(group_size: int) -> None:
+@pytest.mark.parametrize("bits", [4, 5, 6, 8])
+def test_quantize_matrix_is_no_worse_than_mlx(bits: int, group_size: int) -> None:
     weight = mx.random.normal((96, 384), key=mx.random.key(3)).astype(mx.bfloat16)
-    spec = convert.QuantSpec(group_size=group_size)
+    spec = convert.QuantSpec(bits, group_size)
 
     def error(parts: tuple[mx.array, mx.array, mx.array]) -> float:
         words, scales, biases = (p.astype(mx.float32) if p.dtype != mx.uint32 else p for p in parts)
-        back = mx.dequantize(words, scales, biases, group_size=group_size, bits=8)
+        back = mx.dequantize(words, scales, biases, group_size=group_size, bits=bits)
         return (back - weight.astype(mx.float32)).square().mean().item()
 
     ours = error(convert.quantize_matrix(weight, spec))
-    assert ours <= error(mx.quantize(weight, group_size=group_size, bits=8))
-    assert 0 < ours < 1e-4
+    assert ours <= error(mx.quantize(weight, group_size=group_size, bits=bits))
+    assert 0 < ours < 4e-5 * 4 ** (8 - bits)
 
 
 def test_quantize_matrix_keeps_constant_groups() -> None:
