@@ -20,6 +20,7 @@ from mlx_lm.models.cache import ArraysCache
 
 from draftloom.contracts import CacheKind, ComponentInfo, TargetInfo, TargetOutput
 from draftloom.kernel_settings import OFF, KernelSettings
+from draftloom.kernels.backend import row_entries
 from draftloom.kernels.check import Check
 from draftloom.recording import RecordingEntry
 from draftloom.traces import Traces
@@ -119,6 +120,7 @@ class _Trace:
         self.has_features = False
 
         def run(tokens: mx.array, offset: mx.array, arrays: list[mx.array]) -> list[mx.array]:
+            offset = offset[:1]
             caches = [
                 form.trace(arrays[first:last], offset)
                 for form, (first, last) in zip(forms, pairwise(ends), strict=True)
@@ -202,7 +204,7 @@ class CompiledPass:
         arrays = [array for port in ports for array in port.take()]
         try:
             # A list of its own: MLX leaves placeholders in it where tracing fails.
-            start = mx.full((1,), offset, dtype=mx.int32)
+            start = mx.full((row_entries(1),), offset, dtype=mx.int32)
             given = trace.run(tokens, start, list(arrays))
         except BaseException:
             counts = [port.count for port in ports]

@@ -188,13 +188,14 @@ class _Recorded:
         self._cache.cache = self._before if deferred else list(self._before)
 
     def _window(self, slot: int, num_accepted: Sequence[int]) -> mx.array:
-        """The last W inputs of a convolution after the kept tokens."""
+        """The last W inputs of a convolution after the kept tokens: a view, where that is enough.
+        It holds the W + T inputs of the block until the next one is verified."""
         first, *rest = (windows[slot] for windows in self.entry.windows)
         size = self.entry.slots[slot].shape[1]
         window = mx.concatenate([first, *(w[:, size:] for w in rest)], axis=1) if rest else first
         if len(set(num_accepted)) == 1:
             start = num_accepted[0] + 1
-            return mx.contiguous(window[:, start : start + size])
+            return window[:, start : start + size]
         starts = mx.array(list(num_accepted))[:, None] + 1 + mx.arange(size)
         return mx.take_along_axis(window, starts[..., None], axis=1)
 

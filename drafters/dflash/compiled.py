@@ -21,6 +21,7 @@ import mlx.core as mx
 from draftloom.checkpoint import DrafterDescription
 from draftloom.contracts import ComponentInfo
 from draftloom.kernel_settings import OFF, KernelSettings
+from draftloom.kernels.backend import row_entries
 from draftloom.kernels.check import Check
 from draftloom.traces import Traces
 
@@ -177,7 +178,7 @@ class CompiledBlock:
             entry.arrays = []  # nobody but the graph holds them: they are written where they lie
         try:
             buffers = [list(arrays) for arrays in taken]  # MLX leaves placeholders where it fails
-            start = mx.full((1,), offset, dtype=mx.int32)
+            start = mx.full((row_entries(1),), offset, dtype=mx.int32)
             hidden, *found = trace(embeddings, start, buffers, extra)
         except BaseException:
             for entry, arrays in zip(cache, taken, strict=True):
@@ -198,12 +199,15 @@ class CompiledBlock:
             x: mx.array, offset: mx.array, given: list[list[mx.array]], extra: list[mx.array]
         ) -> list[mx.array]:
             pairs = zip(kinds, given, strict=True)
-            contexts: list[Any] = [TracedContext(kind, arrays, offset) for kind, arrays in pairs]
+            contexts: list[Any] = [
+                TracedContext(kind, arrays, offset[:1]) for kind, arrays in pairs
+            ]
             if extra:
                 features, count = extra
                 network.extend(features, contexts)
+                end = (offset + count)[:1]
                 for context in contexts:
-                    context.offset = offset + count
+                    context.offset = end
             hidden = network(x, contexts, rows)
             return [hidden, *(array for context in contexts for array in context.arrays)]
 
