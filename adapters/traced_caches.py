@@ -17,6 +17,7 @@ from mlx_lm.models.cache import ArraysCache, KVCache
 from draftloom.kernels.gated_delta import row_counts
 from draftloom.kv_view import KVCacheView
 from draftloom.recording import Deferred, DeferredSlots, RecordingEntry
+from draftloom.row_writes import write_rows
 
 __all__ = ["Port", "TracedKVCache", "port_of"]
 
@@ -37,8 +38,8 @@ class TracedKVCache(KVCacheView):
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Write [B, Hkv, T, D] at the offset and give all allocated rows."""
-        self.keys = mx.slice_update(self.keys, keys, self.offset, axes=(2,))
-        self.values = mx.slice_update(self.values, values, self.offset, axes=(2,))
+        self.keys = write_rows(self.keys, keys, self.offset)
+        self.values = write_rows(self.values, values, self.offset)
         self.offset = self.offset + keys.shape[2]
         return self.keys, self.values
 

@@ -23,6 +23,7 @@ from draftloom.contracts import ComponentInfo
 from draftloom.kernel_settings import OFF, KernelSettings
 from draftloom.kernels.backend import row_entries
 from draftloom.kernels.check import Check
+from draftloom.row_writes import write_rows
 from draftloom.traces import Traces
 
 from .context import NOWHERE, ContextCache
@@ -70,7 +71,7 @@ class TracedContext(ContextCache):
     def put(self, start: Any, keys: mx.array, values: mx.array) -> None:
         """As `ContextCache.put`, without an end to the context."""
         both = zip(self.arrays, (keys, values), strict=True)
-        self.arrays = [mx.slice_update(old, new, start, axes=(2,)) for old, new in both]
+        self.arrays = [write_rows(old, new, start) for old, new in both]
 
     def advance(self, tokens: Any) -> None:
         """Count positions; how many may be on the device alone."""
@@ -79,7 +80,7 @@ class TracedContext(ContextCache):
     def with_block(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """All rows of the context's keys and values, a block [B, heads, T, size] behind them."""
         both = zip(self.arrays, (keys, values), strict=True)
-        self.arrays = [mx.slice_update(old, new, self.held, axes=(2,)) for old, new in both]
+        self.arrays = [write_rows(old, new, self.held) for old, new in both]
         return self.arrays[0], self.arrays[1]
 
     def positions(self, tokens: int, length: int) -> mx.array:
