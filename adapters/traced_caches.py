@@ -19,8 +19,10 @@ from draftloom.kv_view import KVCacheView
 from draftloom.recording import Deferred, DeferredSlots, RecordingEntry
 from draftloom.row_writes import write_rows
 
-__all__ = ["Port", "TracedKVCache", "port_of"]
+__all__ = ["LEAST_ROWS", "MOST_ROWS", "Port", "TracedKVCache", "port_of"]
 
+LEAST_ROWS, MOST_ROWS = 1024, 2048
+"""Rows that a key/value cache has, and grows by, at least and at most."""
 Shape = tuple[tuple[int, ...], mx.Dtype]
 
 
@@ -256,11 +258,13 @@ def port_of(entry: Any, tokens: int, rows: int) -> Port | str:
 
 
 def _make_room(cache: Any, tokens: int) -> None:
-    """Allocate rows for T more tokens, up to a multiple of mlx-lm's step."""
+    """Allocate rows for T more tokens. Each length is traced anew: a cache begins with
+    `LEAST_ROWS` and grows by as much as it has, up to `MOST_ROWS`."""
     held, needed = cache.keys.shape[2], cache.offset + tokens
-    if needed <= held:
+    if needed <= held >= LEAST_ROWS:
         return
-    length = -(-needed // cache.step) * cache.step
+    step = min(max(cache.step, LEAST_ROWS, held // cache.step * cache.step), MOST_ROWS)
+    length = -(-needed // step) * step
     for name in ("keys", "values"):
         old = getattr(cache, name)
         more = mx.zeros((*old.shape[:2], length - held, old.shape[3]), old.dtype)

@@ -21,6 +21,8 @@ DEFAULT_WINDOW = 4096
 DEFAULT_SINKS = 64
 STEP = 256
 """Rows that a buffer grows by."""
+LEAST_ROWS, MOST_ROWS = 1024, 2048
+"""Rows that a buffer has, and grows by, at least and at most, where every length costs something."""
 NOWHERE = 2**30
 """The position of a row that holds nothing: after every query."""
 
@@ -161,9 +163,15 @@ class ContextCache:
         return stored_keys[..., :end, :], stored_values[..., :end, :]
 
     def reserve(self, tokens: int) -> None:
-        """Make room for a block of so many tokens behind a context that is not empty."""
+        """Make room for a block of so many tokens behind a context that is not empty. Whoever asks
+        traces each length anew: the buffers begin with `LEAST_ROWS` and grow by as much as they
+        have, up to `MOST_ROWS`."""
         self._widest = max(self._widest, tokens)
-        self._room(self.held + tokens, *self.arrays)
+        rows, step = self.held + tokens, min(max(LEAST_ROWS, self.rows), MOST_ROWS)
+        if rows > self.rows or self.rows < LEAST_ROWS:
+            wanted = -(-rows // step) * step
+            rows = wanted if self.limit is None else max(rows, min(wanted, self.limit + tokens))
+        self._room(rows, *self.arrays)
 
     def positions(self, tokens: int, length: int) -> mx.array:
         """Absolute positions [length] int32 of the first rows while a block of `tokens` stands
