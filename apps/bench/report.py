@@ -102,15 +102,9 @@ def run_bench(
                 continue
             progress(f"{variant.name}, stages")
             with variant.builder.build() as pipeline:
-                pipeline.generate(
-                    prompts[0].ids,
-                    max_tokens=settings.warm_up,
-                    temperature=0.0,
-                    xtc_probability=0.0,
-                    ignore_eos=True,
-                )
                 length, at_eos = settings.lengths[0], settings.stop_at_eos
-                times.append(time_stages(variant.name, pipeline, prompts, length, at_eos))
+                warm = settings.warm_up
+                times.append(time_stages(variant.name, pipeline, prompts, length, at_eos, warm))
     return _report(subject, settings, runs, texts, times)
 
 

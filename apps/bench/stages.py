@@ -208,6 +208,7 @@ def time_stages(
     prompts: Sequence[EncodedPrompt],
     length: int,
     stop_at_eos: bool = False,
+    warm_up: int = 0,
 ) -> StageTimes:
     """Run the prompts once more, waiting after every stage. The pipeline stays usable.
 
@@ -217,9 +218,14 @@ def time_stages(
         prompts: at least one.
         length: tokens a prompt at most.
         stop_at_eos: as in the timed runs.
+        warm_up: tokens that are written before, not timed: a pipeline just built has still to
+            trace its passes, and may have to compile kernels.
     """
     clock = _Clock()
     wrapped = _instrumented(pipeline, clock)
+    if warm_up:
+        how = {"temperature": 0.0, "xtc_probability": 0.0}
+        wrapped.generate(prompts[0].ids, max_tokens=warm_up, ignore_eos=True, **how)
     total: dict[str, float] = dict.fromkeys(STAGES, 0.0)
     cycles = accepted = 0
     for prompt in prompts:
