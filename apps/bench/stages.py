@@ -224,8 +224,13 @@ def time_stages(
     clock = _Clock()
     wrapped = _instrumented(pipeline, clock)
     if warm_up:
-        how = {"temperature": 0.0, "xtc_probability": 0.0}
-        wrapped.generate(prompts[0].ids, max_tokens=warm_up, ignore_eos=True, **how)
+        wrapped.generate(
+            prompts[0].ids,
+            max_tokens=warm_up,
+            ignore_eos=True,
+            temperature=0.0,
+            xtc_probability=0.0,
+        )
     total: dict[str, float] = dict.fromkeys(STAGES, 0.0)
     cycles = accepted = 0
     for prompt in prompts:
