@@ -74,6 +74,11 @@ class TunedModel(ABC):
         output = self.compiled.run(self._forward, tokens, cache)
         return self._forward(tokens, cache) if output is None else output
 
+    @property
+    def traces(self) -> bool:
+        """Whether passes are traced, so that a length seen before costs less than a new one."""
+        return not self.compiled.why_not
+
     @abstractmethod
     def make_cache(self) -> list[Any]:
         """Fresh caches, as mlx-lm makes them."""

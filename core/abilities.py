@@ -30,6 +30,7 @@ __all__ = [
     "Parkable",
     "Reporting",
     "Resolvable",
+    "Traces",
     "Tunable",
     "serving",
 ]
@@ -68,6 +69,17 @@ class Tunable(Protocol):
 
     def tune(self, settings: KernelSettings) -> None:
         """Run these implementations from now on; called once, before drafters are bound."""
+
+
+@runtime_checkable
+class Traces(Protocol):
+    """An adapter that may keep the graphs of its passes.
+
+    Attributes:
+        traces: whether it does: a pass of a length that was seen before costs less than a new one.
+    """
+
+    traces: bool
 
 
 @runtime_checkable

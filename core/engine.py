@@ -21,7 +21,7 @@ import attrs
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from draftloom.abilities import Reporting, serving
+from draftloom.abilities import Reporting, Traces, serving
 from draftloom.contracts import (
     AcceptancePolicy,
     CacheKind,
@@ -89,7 +89,9 @@ class Engine:
             prompt_tokens=len(request.prompt), mismatch=parts.monitor.message
         )
         self._past = max((getattr(entry, "offset", 0) for entry in self._cache), default=0)
+        self._positions = UNLIMITED_WIDTH  # that the context has for what is written
         self._limit = self._token_limit()
+        self._traces = isinstance(parts.target, Traces) and parts.target.traces
         self._emitted: list[int] = []
         self._passed = 0  # draft tokens of the last pass, whoever stood by them
         self._processing = LogitsProcessing(request.sampling, request.prompt, self._emitted)
@@ -159,6 +161,7 @@ class Engine:
                 f"the prompt has {past + prompt} tokens, the target's context holds {limit}",
                 "shorten the prompt",
             )
+        self._positions = room
         return room if wanted is None else min(wanted, room)
 
     # --- the loop ----------------------------------------------------------------------------
@@ -415,9 +418,9 @@ class Engine:
         except Exception:  # noqa: BLE001 it is asked again after the read, and raises there
             return
         if self._passed:
-            plan, room = self._plan, self._limit - self.stats.generated_tokens - 2
+            plan = self._plan
             kept, anchor, width = plan.get("num_accepted"), plan.get("next_token"), self._chosen
-            widths = width.draft, min(width.verify, room)
+            widths = width.draft, min(width.verify, self._room(width, 2))
             self._drafter.launch_ahead(plan.get("features"), kept + 1, anchor, *widths)
             return
         if min(self._chosen) > 0 and self._drafter.alive:
@@ -426,9 +429,18 @@ class Engine:
         self._ahead.launch(self._plan)
 
     def _draft(self, anchor: mx.array, width: Width) -> Draft:
-        room = self._limit - self.stats.generated_tokens
-        verify = min(width.verify, room - 1, self._conversion.room)
+        verify = min(width.verify, self._room(width, 1), self._conversion.room)
         return self._drafter.propose(anchor, width.draft, verify, self.sampling)
+
+    def _room(self, width: Width, taken: int) -> int:
+        """Draft tokens that may be verified when `taken` more tokens are written. A target that
+        traces its passes verifies a whole block at the end of a text too, where its context has
+        room; what is too much is cut off."""
+        room = self._limit - self.stats.generated_tokens - taken
+        if self._traces and self.sampling.params.greedy and 0 < room < width.verify:
+            most = self._positions - self.stats.generated_tokens - taken
+            room = max(room, min(width.verify, most))
+        return room
 
     def _speculate(self, anchor: mx.array, draft: Draft) -> tuple[mx.array, Speculation]:
         self._conversion.before_pass()
