@@ -19,6 +19,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import ArraysCache
 
 from draftloom.contracts import CacheKind, ComponentInfo, TargetInfo, TargetOutput
+from draftloom.device import on_cuda
 from draftloom.kernel_settings import OFF, KernelSettings
 from draftloom.kernels.backend import row_entries
 from draftloom.kernels.check import Check
@@ -50,6 +51,12 @@ class On:
 
     name = "on"
     info = ComponentInfo(f"{OPERATION}/on", "a pass is traced once and replayed")
+
+    @staticmethod
+    def by_default() -> bool:
+        """Whether `auto` compiles passes here: where launches count. On the CPU MLX's own share is
+        the larger one."""
+        return on_cuda()
 
     @staticmethod
     def why_not_for(target: TargetInfo) -> str | None:
@@ -154,7 +161,7 @@ class CompiledPass:
     def __init__(self, model: nn.Module, name: str) -> None:
         self._model = model
         self._name = name
-        self._wanted = False
+        self._chosen = False  # by name
         self._tried = False
         self._traces: Traces[_Trace] = Traces(MOST_TRACES)
         self._parts: list[tuple[Any, Any, Any]] = []
@@ -167,11 +174,12 @@ class CompiledPass:
         return self._traces.traced
 
     def tune(self, settings: KernelSettings, info: TargetInfo) -> None:
-        """Compile passes, or not, as ``compiled-pass`` is chosen; not by default. Drops what was
-        traced."""
+        """Compile passes, or not, as ``compiled-pass`` is chosen; by default on CUDA. Drops what
+        was traced."""
         self.clear()
-        self._wanted, self._tried = settings.use(OPERATION, off=OFF) not in (None, OFF), False
-        if not self._wanted:
+        use = settings.use(OPERATION, off=OFF)
+        self._chosen, self._tried = use is not None, False
+        if not (use != OFF if self._chosen else on.by_default()):
             self.why_not = "it is off"
             return
         self.why_not = on.why_not_for(info) or on.why_not_with(settings) or ""
@@ -264,7 +272,8 @@ class CompiledPass:
     def _say(self) -> None:
         if self.why_not:
             said = "%s: passes of %s run as they are: %s"
-            _log.warning(said, OPERATION, self._name, self.why_not)
+            level = logging.WARNING if self._chosen else logging.INFO
+            _log.log(level, said, OPERATION, self._name, self.why_not)
 
 
 def _ports(tokens: mx.array, cache: list[Any]) -> tuple[list[Port] | None, int]:

@@ -20,6 +20,7 @@ import mlx.core as mx
 
 from draftloom.checkpoint import DrafterDescription
 from draftloom.contracts import ComponentInfo
+from draftloom.device import on_cuda
 from draftloom.kernel_settings import OFF, KernelSettings
 from draftloom.kernels.backend import row_entries
 from draftloom.kernels.check import Check
@@ -39,7 +40,7 @@ __all__ = [
     "on",
 ]
 
-OPERATION = "compiled-draft"
+OPERATION, AHEAD = "compiled-draft", "ahead"
 MOST_TRACES = 16
 """Forms whose graphs are kept; the one that was not used for longest goes first."""
 _log = logging.getLogger("draftloom.kernels")
@@ -219,7 +220,7 @@ class CompiledBlock:
 def compiled_block(
     network: Any, description: DrafterDescription, settings: KernelSettings
 ) -> CompiledBlock | None:
-    """The traces of a network, empty; None where ``compiled-draft`` is not chosen, or, said in the
+    """The traces of a network, empty; None where ``compiled-draft`` does not run, or, said in the
     log, where its layers are others than DFlash's or it cannot be traced.
 
     Args:
@@ -228,9 +229,12 @@ def compiled_block(
         settings: the switches.
     """
     choice = settings.use(OPERATION, off=OFF)
-    if choice in (None, OFF):
+    level = logging.INFO if choice is None else logging.WARNING
+    if choice is None:
+        choice = AHEAD if on_cuda() else OFF
+    if choice == OFF:
         return None
-    ahead, reason = choice == "ahead", ""
+    ahead, reason = choice == AHEAD, ""
     plain = all(type(layer) is DFlashLayer for layer in network.layers)
     if not plain or type(network).__call__ is not DFlashModel.__call__:
         reason = "the drafter has other layers than DFlash's"
@@ -250,7 +254,7 @@ def compiled_block(
             return CompiledBlock(network, ahead)
         except Exception as error:  # noqa: BLE001 said below
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    _log.warning("%s: drafts run as they are: %s", OPERATION, reason)
+    _log.log(level, "%s: drafts run as they are: %s", OPERATION, reason)
     return None
 
 
@@ -266,6 +270,10 @@ class On:
         self.name = name
         self.info = ComponentInfo(f"{OPERATION}/{name}", summary)
 
+    def by_default(self) -> bool:
+        """Whether `auto` runs it here."""
+        return self.name == AHEAD and on_cuda()
+
     @staticmethod
     def checks() -> Iterator[Check]:
         """Positions of rows at an offset that is an array, compiled, against those at a number."""
@@ -279,7 +287,7 @@ class On:
 
 
 on = On("on", "a drafter's pass over a block is traced once and replayed")
-ahead = On("ahead", "the same, and launched before the host knows what the draft goes on from")
+ahead = On(AHEAD, "the same, and launched before the host knows what the draft goes on from")
 
 
 def _traced(sinks: int, window: int | None, offset: int) -> list[mx.array]:

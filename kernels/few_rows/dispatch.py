@@ -15,7 +15,7 @@ from .launch import MOST_ROWS, Request
 
 __all__ = ["OPERATION", "TIMED", "product", "wanted"]
 
-TIMED: frozenset[str] = frozenset()
+TIMED: frozenset[str] = frozenset({"cuda"})
 """Backends on which the kernel was timed and found to pay: there `auto` runs it."""
 
 OPERATION = Operation("few-rows", array, {"cuda": cuda}, TIMED)
