@@ -24,6 +24,7 @@ import attrs
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from draftloom.abilities import Traces
 from draftloom.contracts import ComponentInfo, Width
 from draftloom.costs import CycleCosts
 from draftloom.engine import Engine
@@ -84,18 +85,23 @@ class CycleTimer:
         """Costs; None where the drafter proposes nothing.
 
         Args:
-            seconds: about how long it may take. A plain cycle and the first width are measured
+            seconds: about how long it may take, beside the tracing of passes. A plain cycle and the first width are measured
                 whatever they take; another where the time should suffice.
 
         Raises:
             DraftloomError: the target failed, or its context is too short.
         """
-        began, most = time.perf_counter(), self._parts.drafter.info.max_width
+        target, most = self._parts.target, self._parts.drafter.info.max_width
         if not self._parts.drafter.info.default_width:
             return None
+        widths = dict.fromkeys(w if most is None else min(w, most) for w in WIDTHS)
+        if isinstance(target, Traces) and target.traces:
+            for width in (0, *widths)[:4]:  # what traces and compiles does so before it is timed
+                self.cycle_seconds(width, 2)
+        began = time.perf_counter()
         plain = self.cycle_seconds(0, PLAIN_CYCLES)
         points: dict[int, float] = {}
-        for width in dict.fromkeys(w if most is None else min(w, most) for w in WIDTHS):
+        for width in widths:
             if points:
                 widest = max(points)
                 expected = points[widest] * max(1.0, (width + 1) / (widest + 1))

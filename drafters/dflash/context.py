@@ -22,7 +22,7 @@ DEFAULT_SINKS = 64
 STEP = 256
 """Rows that a buffer grows by."""
 LEAST_ROWS, MOST_ROWS = 1024, 2048
-"""Rows that a buffer has, and grows by, at least and at most, where every length costs something."""
+"""Rows that a buffer has, and grows by, at least and at most, where each length costs something."""
 NOWHERE = 2**30
 """The position of a row that holds nothing: after every query."""
 
