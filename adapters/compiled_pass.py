@@ -127,7 +127,7 @@ class _Trace:
         self.has_features = False
 
         def run(tokens: mx.array, offset: mx.array, arrays: list[mx.array]) -> list[mx.array]:
-            offset = offset[:1]
+            offset = offset[:1].squeeze(0)  # no axis: MLX-CUDA takes one for an offset of every row
             caches = [
                 form.trace(arrays[first:last], offset)
                 for form, (first, last) in zip(forms, pairwise(ends), strict=True)

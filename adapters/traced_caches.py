@@ -31,7 +31,7 @@ class TracedKVCache(KVCacheView):
 
     Args:
         keys, values: [B, Hkv, N, D], all allocated rows.
-        offset: [1] int32, the rows that are valid.
+        offset: int32 without axes, the rows that are valid.
     """
 
     def __init__(self, keys: mx.array, values: mx.array, offset: mx.array) -> None:

@@ -85,8 +85,9 @@ class CycleTimer:
         """Costs; None where the drafter proposes nothing.
 
         Args:
-            seconds: about how long it may take, beside the tracing of passes. A plain cycle and the first width are measured
-                whatever they take; another where the time should suffice.
+            seconds: about how long it may take, beside the tracing of passes. A plain cycle and
+                the first width are measured whatever they take; another where the time should
+                suffice.
 
         Raises:
             DraftloomError: the target failed, or its context is too short.

@@ -10,12 +10,12 @@ __all__ = ["write_rows"]
 
 
 def write_rows(buffer: mx.array, rows: mx.array, offset: mx.array) -> mx.array:
-    """A buffer [B, H, N, D] with rows [B, H, T, D] written from row `offset` ([1] int32) on.
+    """A buffer [B, H, N, D] with rows [B, H, T, D] written from row `offset` (int32) on.
 
     Whoever holds no other reference to the buffer has it written where it lies.
     """
     if not on_cuda():
-        return mx.slice_update(buffer, rows, offset, axes=(2,))
+        return mx.slice_update(buffer, rows, offset.reshape(1), axes=(2,))
     # There an update at an offset reads it from host memory, in every threadgroup of a copy.
     place = offset + mx.arange(rows.shape[2])
     index = mx.broadcast_to(place[None, None, :, None], rows.shape)

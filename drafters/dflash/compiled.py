@@ -52,7 +52,8 @@ class TracedContext(ContextCache):
     Args:
         like: has the same sinks and window.
         arrays: keys and values [B, heads, rows, size] as allocated, with room for the block.
-        offset: [1] int32, committed positions.
+        offset: int32 without axes (MLX-CUDA takes one for an offset of every row), committed
+            positions.
     """
 
     def __init__(self, like: tuple[int, int | None], arrays: list[mx.array], offset: Any) -> None:
@@ -62,7 +63,7 @@ class TracedContext(ContextCache):
 
     @property
     def held(self) -> Any:
-        """Positions kept now, [1] int32."""
+        """Positions kept now, int32 without axes."""
         return self.offset if self.limit is None else mx.minimum(self.offset, self.limit)
 
     def spans(self, tokens: int) -> list[tuple[int, int]]:
@@ -200,14 +201,14 @@ class CompiledBlock:
         def run(
             x: mx.array, offset: mx.array, given: list[list[mx.array]], extra: list[mx.array]
         ) -> list[mx.array]:
-            pairs = zip(kinds, given, strict=True)
+            pairs, start = zip(kinds, given, strict=True), offset[:1].squeeze(0)
             contexts: list[Any] = [
                 TracedContext(kind, arrays, offset[:1]) for kind, arrays in pairs
             ]
             if extra:
                 features, count = extra
                 network.extend(features, contexts)
-                end = (offset + count)[:1]
+                end = (offset + count)[:1].squeeze(0)
                 for context in contexts:
                     context.offset = end
             hidden = network(x, contexts, rows)
