@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from draftloom.device import on_cuda
 from draftloom.kernels import few_rows
 
 __all__ = ["OneProduct", "ProductStack", "why_not"]
@@ -180,7 +181,16 @@ class ProductStack:
         rows, tokens, size = x.shape
         count = sum(self._sizes)
         arrays = {name: whole[:, -count:] for name, whole in self._arrays.items()}
-        found = _product(x.reshape(1, rows * tokens, size), arrays, self._like)
+        x = x.reshape(1, rows * tokens, size)
+        if on_cuda() and isinstance(self._like, nn.QuantizedLinear):
+            # MLX-CUDA has no product of one x with a batch of packed weights.
+            each = [
+                _product(x, {name: a[i] for name, a in arrays.items()}, self._like)
+                for i in range(len(self.products))
+            ]
+            found = mx.concatenate(each, axis=0)
+        else:
+            found = _product(x, arrays, self._like)
         found = found.reshape(-1, rows, tokens, count)
         ends = [sum(self._sizes[:i]) for i in range(1, len(self._sizes))]
         return _split(found, ends)
