@@ -170,6 +170,12 @@ class Group:
             if heard.leaving:
                 return well
 
+    @staticmethod
+    def was_lost(error: BaseException) -> bool:
+        """Whether `error` says that a process is gone. Nothing may be asked of the group then: what
+        MLX's ring is given after it has failed what was pending may be waited for in vain."""
+        return isinstance(error, RuntimeError) and "connection to a peer was lost" in str(error)
+
     def agree(self, began: tuple[Any, Any] | None) -> None:
         """See, before the first step, that all processes came so far, and begin alike.
 

@@ -284,7 +284,8 @@ class Trainer:
         try:
             finished = self._run()
         except BaseException as error:
-            self.group.leave(self.state.parameters, told, failed=True)
+            if not self.group.was_lost(error):
+                self.group.leave(self.state.parameters, told, failed=True)
             if self.group.size > 1 and isinstance(error, RuntimeError):
                 raise DraftloomError(
                     f"step {self.state.step + 1} failed, here or by the loss of another process: "
