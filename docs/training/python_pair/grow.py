@@ -2,8 +2,8 @@
 
     python grow.py DRAFT OUT --twice 2,5 --tap 7
 
-A layer named in `--twice` is followed by a copy of itself whose two output projections are zero, and
-the columns of `fc` for a new tap are zero too: OUT proposes exactly what DRAFT does, and
+A layer named in `--twice` is followed by a copy of itself whose two output projections are zero,
+and the columns of `fc` for a new tap are zero too: OUT proposes exactly what DRAFT does, and
 `draftloom train drafter --init OUT` goes on from there with more to learn in.
 """
 
