@@ -319,7 +319,7 @@ def test_a_stated_length_that_is_none(value: Any) -> None:
 
 def test_the_bundled_drafter_states_its_length() -> None:
     plan = draftloom.PipelineBuilder().check()
-    assert plan.drafter.info.stated_length == 4.2
+    assert plan.drafter.info.stated_length == 4.5
     assert plan.spec.width.use == "auto"
     assert dict(plan.spec.width.options) == {"default": 15}
     measured = draftloom.PipelineBuilder().own_width().check()
