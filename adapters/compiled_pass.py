@@ -51,6 +51,7 @@ class On:
 
     name = "on"
     info = ComponentInfo(f"{OPERATION}/on", "a pass is traced once and replayed")
+    SLOW_CHECKS = True
 
     @staticmethod
     def by_default() -> bool:

@@ -265,6 +265,8 @@ class On:
         summary: for listings.
     """
 
+    SLOW_CHECKS = True
+
     def __init__(self, name: str, summary: str) -> None:
         self.name = name
         self.info = ComponentInfo(f"{OPERATION}/{name}", summary)
