@@ -51,12 +51,19 @@ class On:
 
     name = "on"
     info = ComponentInfo(f"{OPERATION}/on", "a pass is traced once and replayed")
+    SLOW_CHECKS = True
 
     @staticmethod
     def by_default() -> bool:
-        """Whether `auto` compiles passes here: where launches count. On the CPU MLX's own share is
-        the larger one."""
+        """Whether `auto` compiles passes here: where launches count, for the targets of
+        `pays_for`. On the CPU MLX's own share is the larger one."""
         return on_cuda()
+
+    @staticmethod
+    def pays_for(target: TargetInfo) -> bool:
+        """Whether it was timed for targets like this: hybrids with gated-delta layers. Others
+        attend over all rows that are allocated, which nobody timed on a GPU yet."""
+        return CacheKind.GATED_DELTA in target.cache_kinds
 
     @staticmethod
     def why_not_for(target: TargetInfo) -> str | None:
@@ -179,7 +186,7 @@ class CompiledPass:
         self.clear()
         use = settings.use(OPERATION, off=OFF)
         self._chosen, self._tried = use is not None, False
-        if not (use != OFF if self._chosen else on.by_default()):
+        if not (use != OFF if self._chosen else on.by_default() and on.pays_for(info)):
             self.why_not = "it is off"
             return
         self.why_not = on.why_not_for(info) or on.why_not_with(settings) or ""

@@ -32,6 +32,8 @@ class Places:
         parts: pieces of about equal length; None is one a layer.
     """
 
+    SLOW_CHECKS = True
+
     def __init__(self, name: str, summary: str, parts: int | None) -> None:
         self.name = name
         self.info = ComponentInfo(f"{OPERATION}/{name}", summary)

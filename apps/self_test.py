@@ -157,8 +157,7 @@ def run_self_test(
     known = implementations(plugins)
     reports: dict[str, KernelReport] = {}
     shared: dict[str, CheckResult] = {}
-    # What is compiled goes first: it is what a device may have wrong, and what takes the time.
-    order = sorted(known, key=lambda one: not hasattr(one.factory, "BACKEND"))
+    order = sorted(known, key=_turn)
     weights = [_weight(one) for one in order]
     for place, one in enumerate(order):
         now = time.perf_counter()
@@ -208,6 +207,14 @@ def check_kernel(
     except Exception as error:  # noqa: BLE001 - a kernel that cannot be checked is one that failed
         results.append(CheckResult("checks", None, None, _words(error)))
     return KernelReport(name, "", default, time.perf_counter() - begin, tuple(results))
+
+
+def _turn(implementation: Implementation) -> tuple[bool, bool, bool]:
+    """Kernels that are compiled go first: they are what a device may have wrong. Checks that have
+    much to compile besides go last, those of what runs here by default before the others."""
+    one = implementation.factory
+    slow = getattr(one, "SLOW_CHECKS", False)
+    return slow, not hasattr(one, "BACKEND"), not implementation.by_default
 
 
 def _weight(implementation: Implementation) -> float:

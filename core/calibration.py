@@ -42,6 +42,8 @@ __all__ = ["CycleTimer", "calibrate", "costs_folder"]
 _log = logging.getLogger("draftloom.calibration")
 SECONDS = 3.0
 """How long measuring may take, about."""
+WARM_UP = 6.0
+"""After how long no further width of a target that traces its passes is warmed up."""
 CYCLES = 3
 """Timed cycles of a width, after one that is not; the median counts."""
 PLAIN_CYCLES = 8
@@ -95,10 +97,9 @@ class CycleTimer:
         target, most = self._parts.target, self._parts.drafter.info.max_width
         if not self._parts.drafter.info.default_width:
             return None
-        widths = dict.fromkeys(w if most is None else min(w, most) for w in WIDTHS)
+        widths = list(dict.fromkeys(w if most is None else min(w, most) for w in WIDTHS))
         if isinstance(target, Traces) and target.traces:
-            for width in (0, *widths)[:4]:  # what traces and compiles does so before it is timed
-                self.cycle_seconds(width, 2)
+            widths = self._warm_up(widths)
         began = time.perf_counter()
         plain = self.cycle_seconds(0, PLAIN_CYCLES)
         points: dict[int, float] = {}
@@ -119,6 +120,19 @@ class CycleTimer:
             slots = None if full is None else full - points[least]
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         return CycleCosts(plain, tuple(sorted(points.items())), slots, stamp)
+
+    def _warm_up(self, widths: list[int]) -> list[int]:
+        """Run cycles of some widths, so that what they trace and compile is there when they are
+        timed; which of these widths that was done for, in the time that there is."""
+        began, done = time.perf_counter(), set[int]()
+        self.cycle_seconds(0, 1)
+        for width in (max(widths[:3]), *widths[:3]):  # the most first: what it compiles serves all
+            if done and time.perf_counter() - began > WARM_UP:
+                break
+            if width not in done:
+                self.cycle_seconds(width, 2)
+                done.add(width)
+        return [width for width in widths if width in done]
 
     def cycle_seconds(self, width: int, count: int, draft: int | None = None) -> float | None:
         """Median seconds of `count` cycles after a first one; None where the drafter did not

@@ -202,9 +202,7 @@ class CompiledBlock:
             x: mx.array, offset: mx.array, given: list[list[mx.array]], extra: list[mx.array]
         ) -> list[mx.array]:
             pairs, start = zip(kinds, given, strict=True), offset[:1].squeeze(0)
-            contexts: list[Any] = [
-                TracedContext(kind, arrays, offset[:1]) for kind, arrays in pairs
-            ]
+            contexts: list[Any] = [TracedContext(kind, arrays, start) for kind, arrays in pairs]
             if extra:
                 features, count = extra
                 network.extend(features, contexts)
@@ -232,7 +230,7 @@ def compiled_block(
     choice = settings.use(OPERATION, off=OFF)
     level = logging.INFO if choice is None else logging.WARNING
     if choice is None:
-        choice = AHEAD if on_cuda() else OFF
+        choice = "on" if on_cuda() else OFF
     if choice == OFF:
         return None
     ahead, reason = choice == AHEAD, ""
@@ -267,17 +265,26 @@ class On:
         summary: for listings.
     """
 
+    SLOW_CHECKS = True
+
     def __init__(self, name: str, summary: str) -> None:
         self.name = name
         self.info = ComponentInfo(f"{OPERATION}/{name}", summary)
 
     def by_default(self) -> bool:
         """Whether `auto` runs it here."""
-        return self.name == AHEAD and on_cuda()
+        return self.name == "on" and on_cuda()
 
     @staticmethod
     def checks() -> Iterator[Check]:
-        """Positions of rows at an offset that is an array, compiled, against those at a number."""
+        """Positions and rows at an offset that is an array, compiled, against those at a number."""
+        for layers in (1, 6):
+            yield Check(
+                f"rows float32 L{layers} offset 5",
+                partial(_placed, layers, traced=True),
+                partial(_placed, layers, traced=False),
+                (1e-5,) * 2,
+            )
         for sinks, window, offset in ((0, None, 5), (2, 4, 5), (2, 4, 11), (0, 4, 9)):
             yield Check(
                 f"positions int32 S{sinks} N{window} offset {offset}",
@@ -289,6 +296,28 @@ class On:
 
 on = On("on", "a drafter's pass over a block is traced once and replayed")
 ahead = On(AHEAD, "the same, and launched before the host knows what the draft goes on from")
+
+
+def _placed(layers: int, *, traced: bool) -> list[mx.array]:
+    """Keys of all layers rotated, and those of the first in a buffer."""
+    keys = mx.random.normal((layers, 2, 3, 64), key=mx.random.key(5))
+    buffer = mx.random.normal((1, 2, 16, 64), key=mx.random.key(6))
+
+    def rotated(offset: Any) -> mx.array:
+        how: dict[str, Any] = {"traditional": False, "base": 1e4, "scale": 1.0}
+        return mx.fast.rope(keys, 64, offset=offset, **how)
+
+    def run(start: mx.array) -> list[mx.array]:
+        offset = start[:1].squeeze(0)
+        found = rotated(offset)
+        return [found, write_rows(buffer, found[:1], offset)]
+
+    if traced:
+        given: list[mx.array] = mx.compile(run)(mx.full((row_entries(1),), 5, dtype=mx.int32))
+        return given
+    found = rotated(5)
+    parts = [buffer[..., :5, :], found[:1], buffer[..., 8:, :]]
+    return [found, mx.concatenate(parts, axis=2)]
 
 
 def _traced(sinks: int, window: int | None, offset: int) -> list[mx.array]:

@@ -298,7 +298,7 @@ def test_a_norm_that_is_something_else_is_left_to_itself():
 
 @pytest.mark.parametrize("module", [gated_delta_inputs, gated_norm], ids=lambda m: m.OPERATION.name)
 def test_by_default_no_kernel_runs_that_was_not_timed(module):
-    assert frozenset() == module.TIMED
+    assert frozenset({"cuda"}) == module.TIMED
     assert module.OPERATION.default() == "array"
     assert module.array.by_default()
     assert not module.cuda.by_default()
@@ -332,7 +332,7 @@ def with_cuda(monkeypatch):
 
 def test_choices_and_reasons_on_a_gpu(with_cuda):
     choose = gated_delta_inputs.OPERATION.choose
-    assert dict(choose(request()).rejected)["cuda"] == choice.UNTIMED
+    assert choose(request()).implementation is gated_delta_inputs.cuda.LAUNCHER
     assert dict(choose(request(key_size=48)).rejected)["cuda"].startswith("Dk = 48")
     assert choose(request(), "array").rejected == ()
     named = choose(request(), "cuda")
@@ -344,8 +344,10 @@ def test_choices_and_reasons_on_a_gpu(with_cuda):
 
 
 def test_what_was_timed_is_what_auto_runs(with_cuda):
-    """What the one constant of an operation does once it is filled in."""
-    timed = attrs.evolve(gated_delta_inputs.OPERATION, timed=frozenset({"cuda"}))
-    assert timed.default() == "cuda"
-    assert timed.choose(request()).name == "cuda"
-    assert timed.choose(request(key_size=48)).name == "array"
+    """What the one constant of an operation does."""
+    for timed, name in (({"cuda"}, "cuda"), ((), "array")):
+        operation = attrs.evolve(gated_delta_inputs.OPERATION, timed=frozenset(timed))
+        assert operation.default() == name
+        assert operation.choose(request()).name == name
+        assert operation.choose(request(key_size=48)).name == "array"
+    assert dict(operation.choose(request()).rejected)["cuda"] == choice.UNTIMED

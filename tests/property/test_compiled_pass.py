@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm.generate import generate_step
 
+from draftloom.adapters import compiled_pass
 from draftloom.adapters.compiled_pass import MOST_TOKENS, MOST_TRACES
 from draftloom.errors import GenerationError
 from draftloom.kernel_settings import KernelSettings, implementations
@@ -302,3 +303,15 @@ def test_buffers_are_written_where_they_lie() -> None:
         buffer = cache[0].keys.nbytes
         assert target.compiled.replayed == 3
     assert max(peaks) < buffer, f"{peaks} bytes on top; a buffer has {buffer}"
+
+
+@pytest.mark.parametrize(("family", "why_not"), [("qwen3_5", ""), ("qwen3", "it is off")])
+def test_by_default_hybrids_are_traced_on_cuda(
+    family: str, why_not: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for cuda in (False, True):
+        monkeypatch.setattr(compiled_pass, "on_cuda", lambda cuda=cuda: cuda)
+        with pipelines.builder(models.build(family)).drafter("none").build() as pipeline:
+            found = pipeline._parts.target.compiled.why_not
+            assert found == (why_not if cuda else "it is off")
+        assert compiled_pass.on.by_default() == cuda
