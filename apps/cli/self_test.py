@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
-    from draftloom.apps.self_test import KernelReport, SelfTest
+    from draftloom.apps.self_test_report import KernelReport, SelfTest
     from draftloom.plugins import PluginManager
 
 __all__ = ["self_test"]
@@ -23,6 +23,7 @@ def self_test(plugins: PluginManager, versions: dict[str, str], *, as_json: bool
         Exit: code 1 where something failed.
     """
     from draftloom.apps.self_test import run_self_test
+    from draftloom.apps.self_test_side_by_side import processes_here
     from draftloom.self_test_record import SelfTestRecord
 
     begin = time.perf_counter()
@@ -30,7 +31,7 @@ def self_test(plugins: PluginManager, versions: dict[str, str], *, as_json: bool
     def say(what: str) -> None:
         typer.echo(f"{time.perf_counter() - begin:5.1f} s  {what}", err=True)
 
-    found = run_self_test(plugins, say)
+    found = run_self_test(plugins, say, processes=processes_here())
     file = found.record(SelfTestRecord.load()).save()
     if as_json:
         data: dict[str, Any] = {**found.as_dict(), "versions": versions, "record": str(file)}

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from draftloom.apps.self_test import run_self_test
+from draftloom.apps.self_test_side_by_side import processes_here
 from draftloom.kernel_settings import implementations
 from draftloom.plugins import PluginManager
 
@@ -16,7 +17,7 @@ def test_everything_passes_in_under_a_minute(
 ) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     plugins = PluginManager(entry_points=False)
-    found = run_self_test(plugins)
+    found = run_self_test(plugins, processes=processes_here())
     failed = [str(check) for one in found.tested for check in one.failed]
     assert failed == []
     assert found.seconds < 60

@@ -16,7 +16,8 @@ import draftloom
 from draftloom import GraphError, KernelSettings
 from draftloom.apps.cli import build_app
 from draftloom.apps.cli.state import CliState
-from draftloom.apps.self_test import KernelReport, SelfTest, check_kernel, run_self_test
+from draftloom.apps.self_test import check_kernel, run_self_test
+from draftloom.apps.self_test_report import KernelReport, SelfTest
 from draftloom.caches.trim import TrimRollback
 from draftloom.kernel_settings import implementations
 from draftloom.kernels.check import Check, difference

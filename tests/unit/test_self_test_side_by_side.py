@@ -1,0 +1,106 @@
+"""Checks of a self-test in several processes."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from draftloom.apps import self_test_side_by_side as side_by_side
+from draftloom.apps.self_test import run_self_test
+from draftloom.apps.self_test_side_by_side import Item, in_turns, run_side_by_side
+from draftloom.kernels.check import Check
+
+from . import fakes
+from .test_self_test import Lab, Other, check, named
+
+LATE = float("inf")
+
+
+def items(number: int) -> list[Item]:
+    return [Item("no-such.kernel/here", i, check(1.0, name=f"number {i}")) for i in range(number)]
+
+
+@pytest.mark.slow
+def test_processes_find_what_one_finds() -> None:
+    told: list[str] = []
+    alone = run_self_test(fakes.plugins())
+    found = run_self_test(fakes.plugins(), told.append, processes=2)
+    assert found.passed
+    for one, other in zip(alone.tested, found.tested, strict=True):
+        assert (one.kernel, one.skipped, one.by_default) == (
+            other.kernel, other.skipped, other.by_default,
+        )  # fmt: skip
+        assert [c.name for c in one.checks] == [c.name for c in other.checks]
+        assert [c.error for c in one.checks] == [c.error for c in other.checks]
+    run = [c for one in found.tested for c in one.checks]
+    assert len(run) > 50
+    assert len(told) <= len(run), "no check is run twice"
+    assert len(set(told)) == len(told)
+
+
+@pytest.mark.slow
+def test_what_no_process_knows_is_checked_here() -> None:
+    wrong = Other(check(2.0, name="off"), check(1.0, name="right"))
+    found = run_self_test(fakes.plugins(Lab(my_lab_op__fast=wrong)), processes=2)
+    mine = named(found, "my-lab.op/fast")
+    assert [c.passed for c in mine.checks] == [False, True]
+    assert not found.passed
+
+
+def test_a_check_that_ends_its_process_ends_nothing_else() -> None:
+    answer = {"error": 0.0, "tolerance": 0.1, "failure": "", "seconds": 1.0, "built": 2}
+    program = f"""
+import os, sys
+for line in sys.stdin:
+    if '"check": 1' in line:
+        os._exit(3)
+    print({json.dumps(answer)!r}, flush=True)
+"""
+    worker = (sys.executable, "-c", program)
+    found = run_side_by_side(items(4), 1, LATE, worker=worker)
+    assert [one.result.failure for one in found] == ["", "its process ended with status 3", "", ""]
+    assert [one.built for one in found] == [2, 0, 2, 2]
+    assert [one.result.name for one in found] == [f"number {i}" for i in range(4)]
+
+
+def test_a_check_that_does_not_end_is_given_up() -> None:
+    worker = (sys.executable, "-c", "import time; time.sleep(60)")
+    (found,) = run_side_by_side(items(1), 4, LATE, worker=worker, patience=1.0)
+    assert found.result.failure == "did not end within 1 s"
+    assert not found.result.passed
+
+
+def test_no_check_is_begun_after_the_time(tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    worker = (sys.executable, "-c", f"open({str(begun)!r}, 'w')")
+    found = run_side_by_side(items(3), 2, time.perf_counter(), worker=worker)
+    assert [one.result.left_out for one in found] == ["not run (time)"] * 3
+    assert not begun.exists()
+
+
+def test_kernels_take_turns() -> None:
+    a, b, c = items(3), items(1), items(2)
+    assert in_turns([a, b, c]) == [a[0], b[0], c[0], a[1], c[1], a[2]]
+    assert in_turns([]) == []
+
+
+def test_how_many_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert side_by_side.processes_here() == 1, "nothing is compiled for long on a CPU"
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    monkeypatch.setattr(side_by_side.os, "cpu_count", lambda: 64)
+    for memory, wanted in ((80 * 2**30, 16), (12 * 2**30, 3), (2 * 2**30, 1)):
+        monkeypatch.setattr(side_by_side, "device_memory", lambda memory=memory: memory)
+        assert side_by_side.processes_here() == wanted
+
+
+def test_the_same_check_is_run_once() -> None:
+    same = [Check("one", list, list, (), same="the very same") for _ in range(2)]
+    first, second = (Item("a/b", i, one) for i, one in enumerate(same))
+    assert first.same == second.same
+    assert items(2)[0].same != items(2)[1].same
