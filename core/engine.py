@@ -54,6 +54,7 @@ from draftloom.lookahead import Lookahead
 from draftloom.mismatch import park
 from draftloom.parts import EngineParts, EngineRequest
 from draftloom.processing import LogitsProcessing
+from draftloom.room import Room
 from draftloom.sampling import SamplingState
 from draftloom.watch import MemoryWatch
 
@@ -89,8 +90,8 @@ class Engine:
             prompt_tokens=len(request.prompt), mismatch=parts.monitor.message
         )
         self._past = max((getattr(entry, "offset", 0) for entry in self._cache), default=0)
-        self._positions = UNLIMITED_WIDTH  # that the context has for what is written
-        self._limit = self._token_limit()
+        self._room = Room.of(parts.target.info, request, self._past)
+        self._limit = self._room.tokens
         self._traces = isinstance(parts.target, Traces) and parts.target.traces
         self._emitted: list[int] = []
         self._passed = 0  # draft tokens of the last pass, whoever stood by them
@@ -136,33 +137,6 @@ class Engine:
                 "use acceptance speculative-sampling, or temperature 0",
             )
         return policy
-
-    def _token_limit(self) -> int:
-        limit = self._parts.target.info.context_limit
-        prompt, wanted = len(self._request.prompt), self._request.max_tokens
-        past = self._past
-        if not prompt:
-            raise UsageError("the prompt is empty", "give at least one token")
-        outside = [t for t in self._request.prompt if not 0 <= t < self._vocab_size]
-        if outside:
-            raise UsageError(
-                f"prompt token {outside[0]} is outside the vocabulary of {self._vocab_size}",
-                "was the prompt encoded with this target's tokenizer?",
-            )
-        if wanted is not None and wanted < 1:
-            raise UsageError(f"max_tokens must be at least 1, got {wanted}")
-        if limit is None:
-            if wanted is None:
-                raise UsageError("this target states no context limit", "give max_tokens")
-            return wanted
-        room = limit - past - prompt
-        if room <= 0:
-            raise UsageError(
-                f"the prompt has {past + prompt} tokens, the target's context holds {limit}",
-                "shorten the prompt",
-            )
-        self._positions = room
-        return room if wanted is None else min(wanted, room)
 
     # --- the loop ----------------------------------------------------------------------------
 
@@ -420,7 +394,7 @@ class Engine:
         if self._passed:
             plan = self._plan
             kept, anchor, width = plan.get("num_accepted"), plan.get("next_token"), self._chosen
-            widths = width.draft, min(width.verify, self._room(width, 2))
+            widths = width.draft, min(width.verify, self._room_for(width, 2))
             self._drafter.launch_ahead(plan.get("features"), kept + 1, anchor, *widths)
             return
         if min(self._chosen) > 0 and self._drafter.alive:
@@ -429,18 +403,14 @@ class Engine:
         self._ahead.launch(self._plan)
 
     def _draft(self, anchor: mx.array, width: Width) -> Draft:
-        verify = min(width.verify, self._room(width, 1), self._conversion.room)
+        verify = min(width.verify, self._room_for(width, 1), self._conversion.room)
         return self._drafter.propose(anchor, width.draft, verify, self.sampling)
 
-    def _room(self, width: Width, taken: int) -> int:
+    def _room_for(self, width: Width, taken: int) -> int:
         """Draft tokens that may be verified when `taken` more tokens are written. A target that
-        traces its passes verifies a whole block at the end of a text too, where its context has
-        room; what is too much is cut off."""
-        room = self._limit - self.stats.generated_tokens - taken
-        if self._traces and self.sampling.params.greedy and 0 < room < width.verify:
-            most = self._positions - self.stats.generated_tokens - taken
-            room = max(room, min(width.verify, most))
-        return room
+        traces its passes verifies a whole block at the end of a text too."""
+        whole = self._traces and self.sampling.params.greedy
+        return self._room.for_drafts(self.stats.generated_tokens + taken, width.verify, whole=whole)
 
     def _speculate(self, anchor: mx.array, draft: Draft) -> tuple[mx.array, Speculation]:
         self._conversion.before_pass()
