@@ -28,8 +28,8 @@ def items(number: int) -> list[Item]:
 @pytest.mark.slow
 def test_processes_find_what_one_finds() -> None:
     told: list[str] = []
-    alone = run_self_test(fakes.plugins())
-    found = run_self_test(fakes.plugins(), told.append, processes=2)
+    alone = run_self_test(fakes.plugins(), seconds=600.0)
+    found = run_self_test(fakes.plugins(), told.append, seconds=600.0, processes=2)
     assert found.passed
     for one, other in zip(alone.tested, found.tested, strict=True):
         assert (one.kernel, one.skipped, one.by_default) == (
@@ -46,7 +46,8 @@ def test_processes_find_what_one_finds() -> None:
 @pytest.mark.slow
 def test_what_no_process_knows_is_checked_here() -> None:
     wrong = Other(check(2.0, name="off"), check(1.0, name="right"))
-    found = run_self_test(fakes.plugins(Lab(my_lab_op__fast=wrong)), processes=2)
+    plugins = fakes.plugins(Lab(my_lab_op__fast=wrong))
+    found = run_self_test(plugins, seconds=600.0, processes=2)
     mine = named(found, "my-lab.op/fast")
     assert [c.passed for c in mine.checks] == [False, True]
     assert not found.passed
