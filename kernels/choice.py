@@ -44,8 +44,8 @@ class Operation:
     Attributes:
         name: as registered.
         array: runs it in array code.
-        kernels: by backend: modules with ``why_not_here()``, ``supports(request)`` (None or why
-            not) and ``LAUNCHER``, which runs it.
+        kernels: by backend: a `GpuKernel`, or what has its ``why_not_here()``,
+            ``supports(request)`` and ``LAUNCHER``.
         timed: names of kernels that were timed and found to pay: `auto` runs those.
     """
 

@@ -9,8 +9,9 @@ Importing this package compiles nothing: a kernel is compiled at its first launc
 - `wanted` says which kernel, if any, a setting of the operation asks for here.
 """
 
-from . import array, cuda, reference
-from .dispatch import OPERATION, TIMED, product, wanted
+from . import array, reference
+from .dispatch import OPERATION, product, wanted
+from .gpu import TIMED, cuda
 from .launch import MOST_ROWS, Request
 from .layers import FewRowsEmbedding, FewRowsLinear, exchange
 

@@ -10,13 +10,11 @@ import mlx.core as mx
 from draftloom.device import on_gpu
 from draftloom.kernels.choice import ARRAY, Operation
 
-from . import array, cuda
+from . import array
+from .gpu import TIMED, cuda
 from .launch import MOST_ROWS, Request
 
-__all__ = ["OPERATION", "TIMED", "product", "wanted"]
-
-TIMED: frozenset[str] = frozenset({"cuda"})
-"""Backends on which the kernel was timed and found to pay: there `auto` runs it."""
+__all__ = ["OPERATION", "product", "wanted"]
 
 OPERATION = Operation("few-rows", array, {"cuda": cuda}, TIMED)
 

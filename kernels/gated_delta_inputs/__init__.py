@@ -9,8 +9,9 @@ Importing this package compiles nothing: a kernel is compiled at its first launc
 - ``OPERATION.choose`` says which implementation serves a request, and why.
 """
 
-from . import array, cuda, metal, reference
-from .dispatch import OPERATION, TIMED, Request, prepare
+from . import array, reference
+from .dispatch import OPERATION, Request, prepare
+from .gpu import TIMED, cuda, metal
 from .layer import Layer, Prepared, Projected
 
 __all__ = [

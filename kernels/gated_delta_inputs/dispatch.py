@@ -9,14 +9,12 @@ import mlx.core as mx
 from draftloom.device import on_gpu
 from draftloom.kernels.choice import ARRAY, Operation
 
-from . import array, cuda, metal
+from . import array
+from .gpu import TIMED, cuda, metal
 from .launch import Request
 from .layer import Layer, Prepared, Projected
 
-__all__ = ["OPERATION", "TIMED", "Request", "prepare"]
-
-TIMED: frozenset[str] = frozenset({"cuda"})
-"""Backends on which the kernel was timed and found to pay: there `auto` runs it. None so far."""
+__all__ = ["OPERATION", "Request", "prepare"]
 
 OPERATION = Operation("gated-delta-inputs", array, {"metal": metal, "cuda": cuda}, TIMED)
 

@@ -6,8 +6,9 @@ Importing this package compiles nothing: a kernel is compiled at its first launc
 - ``OPERATION.choose`` says which implementation serves a request, and why.
 """
 
-from . import array, cuda, metal, reference
-from .dispatch import OPERATION, TIMED, normalise
+from . import array, reference
+from .dispatch import OPERATION, normalise
+from .gpu import TIMED, cuda, metal
 from .launch import Request
 
 __all__ = [

@@ -10,13 +10,11 @@ import mlx.nn as nn
 from draftloom.device import on_gpu
 from draftloom.kernels.choice import ARRAY, Operation
 
-from . import array, cuda, metal
+from . import array
+from .gpu import TIMED, cuda, metal
 from .launch import Request
 
-__all__ = ["OPERATION", "TIMED", "normalise"]
-
-TIMED: frozenset[str] = frozenset({"cuda"})
-"""Backends on which the kernel was timed and found to pay: there `auto` runs it. None so far."""
+__all__ = ["OPERATION", "normalise"]
 
 OPERATION = Operation("gated-norm", array, {"metal": metal, "cuda": cuda}, TIMED)
 

@@ -1,0 +1,34 @@
+"""The kernel, by backend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import mlx.core as mx
+
+from draftloom.kernels.backend import CUDA_BUILTINS, Backend
+from draftloom.kernels.check import Check
+from draftloom.kernels.gpu_kernel import GpuKernel
+from draftloom.kernels.verify_attention.prelude import CUDA_MMA
+
+from .launch import Launcher, unsupported
+
+__all__ = ["TIMED", "cuda"]
+
+TIMED: frozenset[str] = frozenset({"cuda"})
+"""Backends on which the kernel was timed and found to pay: there `auto` runs it."""
+
+
+def checks(name: str) -> Iterator[Check]:
+    """Parity with the reference."""
+    from .checks import checks_of
+
+    return checks_of(name)
+
+
+cuda = GpuKernel(
+    Launcher(Backend("cuda", mx.fast.cuda_kernel, CUDA_BUILTINS + CUDA_MMA, 48 * 1024)),
+    TIMED,
+    unsupported,
+    checks,
+)
