@@ -17,12 +17,10 @@ from mlx_lm.models.cache import ArraysCache, KVCache
 from draftloom.kernels.gated_delta import row_counts
 from draftloom.kv_view import KVCacheView
 from draftloom.recording import Deferred, DeferredSlots, RecordingEntry
-from draftloom.row_writes import write_rows
+from draftloom.row_writes import traced_rows, write_rows
 
-__all__ = ["LEAST_ROWS", "MOST_ROWS", "Port", "TracedKVCache", "port_of"]
+__all__ = ["Port", "TracedKVCache", "port_of"]
 
-LEAST_ROWS, MOST_ROWS = 1024, 2048
-"""Rows that a key/value cache has, and grows by, at least and at most."""
 Shape = tuple[tuple[int, ...], mx.Dtype]
 
 
@@ -258,13 +256,11 @@ def port_of(entry: Any, tokens: int, rows: int) -> Port | str:
 
 
 def _make_room(cache: Any, tokens: int) -> None:
-    """Allocate rows for T more tokens. Each length is traced anew: a cache begins with
-    `LEAST_ROWS` and grows by as much as it has, up to `MOST_ROWS`."""
-    held, needed = cache.keys.shape[2], cache.offset + tokens
-    if needed <= held >= LEAST_ROWS:
+    """Allocate rows for T more tokens. Each length is traced anew: see `traced_rows`."""
+    held = cache.keys.shape[2]
+    length = traced_rows(held, cache.offset + tokens, cache.step)
+    if length == held:
         return
-    step = min(max(cache.step, LEAST_ROWS, held // cache.step * cache.step), MOST_ROWS)
-    length = -(-needed // step) * step
     for name in ("keys", "values"):
         old = getattr(cache, name)
         more = mx.zeros((*old.shape[:2], length - held, old.shape[3]), old.dtype)

@@ -91,7 +91,6 @@ class Engine:
         )
         self._past = max((getattr(entry, "offset", 0) for entry in self._cache), default=0)
         self._room = Room.of(parts.target.info, request, self._past)
-        self._limit = self._room.tokens
         self._traces = isinstance(parts.target, Traces) and parts.target.traces
         self._emitted: list[int] = []
         self._passed = 0  # draft tokens of the last pass, whoever stood by them
@@ -235,7 +234,7 @@ class Engine:
     def _prefill(self) -> bool:
         """Run all of the prompt but its last token; False where it was cancelled."""
         request, prompt = self._request, len(self._request.prompt)
-        wanted = CLEAR_CACHE_TOKENS if request.max_tokens is None else self._limit
+        wanted = CLEAR_CACHE_TOKENS if request.max_tokens is None else self._room.tokens
         if self._watch.begin(self._past + prompt, wanted):
             self._drafter.open(DraftRequest((request.prompt,), self.sampling, self._vocab_size))
         return self._watch.prefill.run(request.prompt, self._past)
@@ -355,7 +354,7 @@ class Engine:
         if self.stats.generated_tokens // CLEAR_CACHE_TOKENS != before // CLEAR_CACHE_TOKENS:
             mx.clear_cache()
             position = self._past + self.stats.prompt_tokens + self.stats.generated_tokens
-            ahead = min(CLEAR_CACHE_TOKENS, self._limit - self.stats.generated_tokens)
+            ahead = min(CLEAR_CACHE_TOKENS, self._room.tokens - self.stats.generated_tokens)
             return self._watch.look(position, ahead)
         return None
 
@@ -383,7 +382,7 @@ class Engine:
     def _look_ahead(self, drafted: bool) -> None:
         """Between launching a cycle's read and waiting for it: launch the next draft, where the
         drafter can; or, after a plain cycle, the next one, if that is a plain one too."""
-        if not self._overlaps or self.stats.generated_tokens + 2 > self._limit:
+        if not self._overlaps or self.stats.generated_tokens + 2 > self._room.tokens:
             return
         if self._passed and not (drafted and self._drafter.ahead and self.sampling.params.greedy):
             return
@@ -462,11 +461,11 @@ class Engine:
         if self._cancelled():
             return Outcome(accepted, None, (), (), "cancelled")
         reason: FinishReason | None = None
-        tokens = tokens[: self._limit - self.stats.generated_tokens]
+        tokens = tokens[: self._room.tokens - self.stats.generated_tokens]
         end = next((i for i, t in enumerate(tokens) if t in request.eos_token_ids), None)
         if end is not None:
             tokens, reason = tokens[: end + 1], "stop"
-        elif self.stats.generated_tokens + len(tokens) >= self._limit:
+        elif self.stats.generated_tokens + len(tokens) >= self._room.tokens:
             reason = "length"
         return Outcome(accepted, len(tokens) - 1, tokens, (self._anchor, *tokens[:-1]), reason)
 

@@ -16,7 +16,7 @@ from typing import Any
 import attrs
 import mlx.core as mx
 
-__all__ = ["Deferred", "DeferredSlots", "RecordingEntry"]
+__all__ = ["Deferred", "DeferredSlots", "RecordingEntry", "made_of"]
 
 
 @attrs.frozen(eq=False)
@@ -192,3 +192,19 @@ class RecordingEntry:
         """
         if self.padded:
             raise ValueError("a padded batch cannot be verified with a recorded tape")
+
+
+def made_of(entry: Any) -> list[Any]:
+    """What a cache holds, as far as a cycle computes it: of a state that is left to be replayed,
+    what it is made of. Looking at such a state would replay it, which is the next pass's work."""
+    slots: Any = getattr(entry, "cache", None)
+    if isinstance(entry, RecordingEntry):
+        deferred, slots = entry.deferred, entry.slots
+    else:
+        deferred = slots.deferred if isinstance(slots, DeferredSlots) else None
+    if deferred is None:
+        state = entry.state
+        return list(state) if isinstance(state, list | tuple) else [state]
+    windows = slots.windows if isinstance(slots, DeferredSlots) else slots[:-1]
+    tape = attrs.asdict(deferred.tape, recurse=False).values()
+    return [*windows, deferred.state, *tape]

@@ -1,4 +1,5 @@
-"""Writing rows into a buffer of keys or values where only the device knows where they go."""
+"""Buffers of keys or values in traced passes: how long they are, and writing rows where only the
+device knows where they go."""
 
 from __future__ import annotations
 
@@ -6,7 +7,19 @@ import mlx.core as mx
 
 from draftloom.device import on_cuda
 
-__all__ = ["write_rows"]
+__all__ = ["LEAST_ROWS", "MOST_ROWS", "traced_rows", "write_rows"]
+
+LEAST_ROWS, MOST_ROWS = 1024, 2048
+"""Rows that a buffer has, and grows by, at least and at most, where each length costs a trace."""
+
+
+def traced_rows(held: int, needed: int, step: int = 1) -> int:
+    """Rows that a buffer of `held` rows is to have for `needed`: it begins with `LEAST_ROWS` and
+    grows by as much as it has (whole steps), up to `MOST_ROWS`."""
+    if needed <= held >= LEAST_ROWS:
+        return held
+    more = min(max(step, LEAST_ROWS, held // step * step), MOST_ROWS)
+    return -(-needed // more) * more
 
 
 def write_rows(buffer: mx.array, rows: mx.array, offset: mx.array) -> mx.array:

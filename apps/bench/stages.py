@@ -29,7 +29,7 @@ from draftloom.contracts import (
 )
 from draftloom.drafting import propose_first
 from draftloom.pipeline import Pipeline
-from draftloom.recording import DeferredSlots, RecordingEntry
+from draftloom.recording import made_of
 from draftloom.sampling import SamplingParams, SamplingState
 
 from .measure import EncodedPrompt
@@ -76,24 +76,7 @@ def _given(*arrays: Any) -> list[Any]:
 
 
 def _states(cache: Sequence[Any]) -> list[Any]:
-    """What the caches hold, as far as the cycle itself computes it: of a state that is left to be
-    replayed, what it is made of. The next pass replays it; looking at it would do that work once
-    more, and only here."""
-    found = []
-    for entry in cache:
-        slots: Any = getattr(entry, "cache", None)
-        if isinstance(entry, RecordingEntry):
-            deferred, slots = entry.deferred, entry.slots
-        else:
-            deferred = slots.deferred if isinstance(slots, DeferredSlots) else None
-        if deferred is not None:
-            windows = slots.windows if isinstance(slots, DeferredSlots) else slots[:-1]
-            tape = attrs.asdict(deferred.tape, recurse=False).values()
-            found += _given(*windows, deferred.state, *tape)
-            continue
-        state = entry.state
-        found += _given(*(state if isinstance(state, list | tuple) else [state]))
-    return found
+    return [array for entry in cache for array in _given(*made_of(entry))]
 
 
 class _Session:

@@ -19,6 +19,7 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import generate_step
+from step_of_a_shape import named
 
 from draftloom import PipelineBuilder
 from draftloom.apps.bench.report import machine
@@ -85,7 +86,7 @@ def main() -> None:
     builder = subject.variants[-1].builder
     assert builder is not None
     prompt = random_prompts(simulation, subject.vocab_size, 1)[0].ids
-    pairs = [text.partition(":")[::2] for text in options.setting or ["defaults"]]
+    settings = dict(map(named, options.setting or ["defaults"]))
     report: dict[str, Any] = {
         "machine": machine(),
         "versions": {name: version_of(name) for name in ("draftloom", "mlx", "mlx-lm")},
@@ -96,12 +97,11 @@ def main() -> None:
     for turn in range(options.turns):
         found: dict[str, Any] = {"mlx-lm": alone(subject.model, prompt, options.tokens)}
         print(f"{turn + 1}: mlx-lm {found['mlx-lm']:.1f} tokens/s", flush=True)
-        for name, choices in pairs:
-            kernels = dict(choice.split("=", 1) for choice in choices.split())
-            found[name.strip()] = written = texts(builder.kernels(kernels), prompt, options.tokens)
+        for name, kernels in settings.items():
+            found[name] = written = texts(builder.kernels(kernels), prompt, options.tokens)
             for text in written:
                 print(
-                    f"{turn + 1}: {name.strip()}: {text['tokens_per_second']:.1f} tokens/s, "
+                    f"{turn + 1}: {name}: {text['tokens_per_second']:.1f} tokens/s, "
                     f"{text['tokens_per_cycle']:.2f} a cycle of {text['median_ms']:.2f} ms",
                     flush=True,
                 )

@@ -81,8 +81,7 @@ class TracedContext(ContextCache):
 
     def with_block(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """All rows of the context's keys and values, a block [B, heads, T, size] behind them."""
-        both = zip(self.arrays, (keys, values), strict=True)
-        self.arrays = [write_rows(old, new, self.held) for old, new in both]
+        self.put(self.held, keys, values)
         return self.arrays[0], self.arrays[1]
 
     def positions(self, tokens: int, length: int) -> mx.array:
@@ -230,7 +229,7 @@ def compiled_block(
     choice = settings.use(OPERATION, off=OFF)
     level = logging.INFO if choice is None else logging.WARNING
     if choice is None:
-        choice = "on" if on_cuda() else OFF
+        choice = on.name if on.by_default() else OFF
     if choice == OFF:
         return None
     ahead, reason = choice == AHEAD, ""

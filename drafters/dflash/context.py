@@ -14,6 +14,7 @@ import attrs
 import mlx.core as mx
 
 from draftloom.errors import UsageError
+from draftloom.row_writes import traced_rows
 
 __all__ = ["ContextCache", "ContextWindow"]
 
@@ -21,8 +22,6 @@ DEFAULT_WINDOW = 4096
 DEFAULT_SINKS = 64
 STEP = 256
 """Rows that a buffer grows by."""
-LEAST_ROWS, MOST_ROWS = 1024, 2048
-"""Rows that a buffer has, and grows by, at least and at most, where each length costs something."""
 NOWHERE = 2**30
 """The position of a row that holds nothing: after every query."""
 
@@ -164,13 +163,12 @@ class ContextCache:
 
     def reserve(self, tokens: int) -> None:
         """Make room for a block of so many tokens behind a context that is not empty. Whoever asks
-        traces each length anew: the buffers begin with `LEAST_ROWS` and grow by as much as they
-        have, up to `MOST_ROWS`."""
+        traces each length anew: see `traced_rows`."""
         self._widest = max(self._widest, tokens)
-        rows, step = self.held + tokens, min(max(LEAST_ROWS, self.rows), MOST_ROWS)
-        if rows > self.rows or self.rows < LEAST_ROWS:
-            wanted = -(-rows // step) * step
-            rows = wanted if self.limit is None else max(rows, min(wanted, self.limit + tokens))
+        needed = self.held + tokens
+        rows = traced_rows(self.rows, needed)
+        if self.limit is not None:
+            rows = max(needed, min(rows, self.limit + tokens))
         self._room(rows, *self.arrays)
 
     def positions(self, tokens: int, length: int) -> mx.array:
