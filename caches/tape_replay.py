@@ -168,36 +168,41 @@ class _Recorded:
         self.started: list[mx.array] = []
 
     def commit(self, num_accepted: Sequence[int]) -> None:
-        entry, before = self.entry, self.entry.before
-        if before is None and all(n + 1 == self._tokens for n in num_accepted):
-            kept = list(entry.state)
-            self.started = kept
+        before, self.started = self.entry.before, []
+        if before is not None:  # the pass that gave the logits gave this state too
+            self._cache.cache = self._defer(before, num_accepted)
+            return
+        if all(n + 1 == self._tokens for n in num_accepted):
+            kept = self.started = list(self.entry.state)
         else:
-            count = len(entry.windows[0])
-            kept = [self._window(slot, num_accepted) for slot in range(count)]
-            if before is not None:
-                kept = self._defer(kept, before, num_accepted)
-                self.started = [before]
-            elif len(self._before) > count:
-                kept.append(self._replay(self._state(), num_accepted))
-                self.started = kept[count:]
+            kept = self._windows(num_accepted)
+            if len(self._before) > len(kept):
+                self.started = [self._replay(self._state(), num_accepted)]
+                kept += self.started
         self._cache.cache = kept
 
     def abort(self) -> None:
         deferred = isinstance(self._before, DeferredSlots)
         self._cache.cache = self._before if deferred else list(self._before)
 
-    def _window(self, slot: int, num_accepted: Sequence[int]) -> mx.array:
-        """The last W inputs of a convolution after the kept tokens: a view, where that is enough.
-        It holds the W + T inputs of the block until the next one is verified."""
-        first, *rest = (windows[slot] for windows in self.entry.windows)
-        size = self.entry.slots[slot].shape[1]
-        window = mx.concatenate([first, *(w[:, size:] for w in rest)], axis=1) if rest else first
-        if len(set(num_accepted)) == 1:
-            start = num_accepted[0] + 1
-            return window[:, start : start + size]
-        starts = mx.array(list(num_accepted))[:, None] + 1 + mx.arange(size)
-        return mx.take_along_axis(window, starts[..., None], axis=1)
+    def _windows(self, num_accepted: Sequence[int]) -> list[mx.array]:
+        """The last W inputs of each convolution after the kept tokens: views, where that is enough.
+        They hold the W + T inputs of the block until the next one is verified."""
+        entry, start = self.entry, _agreed(num_accepted)
+        whole = entry.windows[0] if len(entry.windows) == 1 else self._joined()
+        sizes = [slot.shape[1] for slot in entry.slots[: len(whole)]]
+        if start is not None:
+            return [x[:, start : start + w] for x, w in zip(whole, sizes, strict=True)]
+        starts = mx.array(list(num_accepted))[:, None, None] + 1
+        at = [starts + mx.arange(w)[:, None] for w in sizes]
+        return [mx.take_along_axis(x, i, axis=1) for x, i in zip(whole, at, strict=True)]
+
+    def _joined(self) -> list[mx.array]:
+        """Inputs [B, W + T, C] of each convolution, over passes that ran one after the other."""
+        first, *rest = self.entry.windows
+        sizes = [slot.shape[1] for slot in self.entry.slots]
+        parts = [[x, *(later[i][:, sizes[i] :] for later in rest)] for i, x in enumerate(first)]
+        return [mx.concatenate(part, axis=1) for part in parts]
 
     def _state(self) -> mx.array:
         """The state before the block."""
@@ -210,23 +215,27 @@ class _Recorded:
             return ssm.replay(state, ssm.concat_tapes(tapes), count)
         return self._delta_replay(state, gated_delta.concat_tapes(tapes), count)
 
-    def _defer(
-        self, windows: list[Any], before: mx.array, num_accepted: Sequence[int]
-    ) -> DeferredSlots:
+    def _defer(self, before: mx.array, num_accepted: Sequence[int]) -> DeferredSlots:
         """The slots after the kept tokens; nothing is replayed.
 
-        What the state before this block was made from is let go: `before` is that state. So there
-        are never more than two states of a layer, that one and the next, and no replay is made from
-        another.
+        `abort` still knows what the state before this block was made from. It is freed with this
+        object, before the next block is verified and while the device drafts: so there are never
+        more than two states of a layer, `before` and its neighbour, and no commit waits for it.
         """
-        if isinstance(self._before, DeferredSlots):
-            self._before = [*self._before.windows, before]
         tape = gated_delta.concat_tapes(self.entry.tapes)
         deferred = Deferred(before, tape, _count(num_accepted), self._delta_replay)
-        return DeferredSlots(windows, deferred)
+        return DeferredSlots(self._windows(num_accepted), deferred)
+
+
+def _agreed(num_accepted: Sequence[int]) -> int | None:
+    """Tokens to keep, where all rows keep as many."""
+    first = num_accepted[0] + 1
+    return first if len(num_accepted) == 1 or len(set(num_accepted)) == 1 else None
 
 
 def _count(num_accepted: Sequence[int]) -> int | mx.array:
     """Tape entries to keep: one number where the rows agree, else an array that layers share."""
-    counts = tuple([n + 1 for n in num_accepted])
-    return counts[0] if len(set(counts)) == 1 else gated_delta.row_counts(counts, len(counts))
+    agreed = _agreed(num_accepted)
+    if agreed is not None:
+        return agreed
+    return gated_delta.row_counts(tuple(n + 1 for n in num_accepted), len(num_accepted))

@@ -191,7 +191,7 @@ def test_deferred_slots_are_a_list_to_whoever_looks() -> None:
 
 
 @pytest.mark.parametrize("defer", [False, True], ids=["commit-replays", "deferred"])
-def test_a_commit_starts_the_work_of_all_layers_in_one_call(
+def test_a_commit_starts_the_work_of_all_layers_in_one_call_or_none(
     defer: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pipelines.adapter(models.build("qwen3_5-v2")) as target:
@@ -208,8 +208,10 @@ def test_a_commit_starts_the_work_of_all_layers_in_one_call(
         speculation.commit((1,))
         layers = [entry for entry in cache if isinstance(entry, ArraysCache)]
     assert len(layers) == 2
-    assert [len(call) for call in calls] == [2], "one array a layer, all at once"
-    if not defer:
+    if defer:
+        assert not calls, "nothing is left to start"
+    else:
+        assert [len(call) for call in calls] == [2], "one array a layer, all at once"
         assert all(a is entry[1] for a, entry in zip(calls[0], layers, strict=True))
 
 
@@ -252,12 +254,12 @@ def test_abort_after_commit_can_be_built_on(monkeypatch: pytest.MonkeyPatch) -> 
     layer.check(cache, [3])
     before = layer.fused
     run(layer, rollback, cache, 3, 4, 2)
-    assert layer.fused == before, "the state before is an array by now"
+    assert layer.fused == before + 1, "the replay is left to the next block once more"
     speculation = rollback.begin(cache, marks(1, 4))
     mx.eval(layer.layer(layer.block([5], 4), None, speculation.entry))
     speculation.abort()
     run(layer, rollback, cache, 5, 4, 3)
-    assert layer.fused == before + 2, "an abort without a commit leaves the replay to the next"
+    assert layer.fused == before + 3, "an abort without a commit leaves the replay to the next"
     layer.check(cache, [8])
 
 
@@ -356,8 +358,9 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> Layer:
 @pytest.mark.parametrize("read", [True, False], ids=["read", "unread"])
 def test_memory_does_not_grow_over_300_cycles(read: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Widths 1 to 5 in turn, everything kept or less; the lazy state is read by nobody, or by
-    somebody every third cycle. Between cycles there are at most two states: the one before the
-    block and, where somebody read it, the one after."""
+    somebody every third cycle. Between cycles there are at most two states, as during verify: the
+    one before the block and the one that that was replayed from, which is freed when the next
+    block begins; and, where somebody read it, the one after."""
     layer, cache = wide(monkeypatch), ArraysCache(2)
     rollback = TapeReplayRollback(defer=True)
     mx.eval(layer.inputs, layer.mixer.parameters())
@@ -369,10 +372,11 @@ def test_memory_does_not_grow_over_300_cycles(read: bool, monkeypatch: pytest.Mo
         speculation = run(layer, rollback, cache, cycle % 50, tokens, 1 + (cycle * 3) % tokens)
         if read and cycle % 3 == 0:
             mx.eval(cache.cache)
+        mx.synchronize()  # MLX's own thread lets go of what it was given a moment later
         held.append(mx.get_active_memory() - start)
     assert layer.fused >= 100
-    assert max(held[100:]) <= max(held[:100])
-    assert max(held) < 2.5 * STATE
+    assert max(held[100:]) <= max(held[:100]) + STATE / 8, "tapes differ in length, no more"
+    assert max(held) < (4 if read else 3) * STATE
     assert min(held) > 0.9 * STATE, "states are not what fills the memory here"
     del speculation, cache
     gc.collect()
