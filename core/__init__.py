@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         Tunable,
     )
     from draftloom.api import load, stream_generate
+    from draftloom.blueprint import Blueprint
     from draftloom.builder import PipelineBuilder
     from draftloom.checkpoint import (
         CandidateSelector,
@@ -96,7 +97,6 @@ if TYPE_CHECKING:
         TextGeneration,
     )
     from draftloom.plugins import PluginManager
-    from draftloom.resolver import Blueprint
     from draftloom.sampling import LogitsProcessor, SamplingParams, SamplingState
     from draftloom.spec import ComponentSpec, InsertSpec, PipelineSpec
 

@@ -11,6 +11,7 @@ import attrs
 import mlx.core as mx
 
 from draftloom.abilities import Bindable, BindContext, Tunable
+from draftloom.blueprint import Blueprint
 from draftloom.composite import CompositeRollback
 from draftloom.contracts import CacheKind, CacheRollback, LoadedModel, Speculation, TargetAdapter
 from draftloom.errors import UsageError
@@ -23,7 +24,7 @@ from draftloom.model_info import ModelInfo
 from draftloom.parts import EngineParts
 from draftloom.pipeline import Pipeline
 from draftloom.plugins import PluginManager
-from draftloom.resolver import Blueprint, Resolver
+from draftloom.resolver import Resolver
 from draftloom.spec import ComponentSpec, InsertSpec, PipelineSpec, freeze_sampling
 
 __all__ = ["PipelineBuilder"]

@@ -7,12 +7,12 @@ from typing import Any
 import attrs
 import mlx.nn as nn
 
+from draftloom.blueprint import Blueprint
 from draftloom.contracts import TargetAdapter
 from draftloom.guard import Costs, check_weights
 from draftloom.memory import KeepsContext, Sketches, WorkShape, cache_costs
 from draftloom.model_info import ModelInfo
 from draftloom.plugins import PluginManager
-from draftloom.resolver import Blueprint
 
 __all__ = ["MemoryEstimate", "costs_of", "estimate", "weights_fit"]
 

@@ -13,21 +13,18 @@ from typing import Any
 import attrs
 
 from draftloom.abilities import Checkable
+from draftloom.blueprint import Blueprint, names_of, rollback_name, width_name
 from draftloom.checkpoint import DrafterDescription
 from draftloom.contracts import (
-    AcceptancePolicy,
     CacheKind,
     CacheRollback,
     ComponentInfo,
     CycleNode,
-    Drafter,
     DraftLaw,
     LoadedModel,
     Need,
     Preserves,
     TargetInfo,
-    Verifier,
-    WidthPolicy,
 )
 from draftloom.errors import (
     DraftloomError,
@@ -45,43 +42,9 @@ from draftloom.plugins import PluginManager, canonical
 from draftloom.sampling import SamplingParams
 from draftloom.spec import SAMPLING_KEYS, ComponentSpec, PipelineSpec
 
-__all__ = ["DTYPES", "Blueprint", "Resolver"]
+__all__ = ["DTYPES", "Resolver"]
 
 DTYPES = ("auto", "stored", "float32", "bfloat16", "float16")
-
-
-@attrs.frozen(eq=False)
-class Blueprint:
-    """A checked pipeline whose weights are not loaded yet.
-
-    Attributes:
-        spec: with every ``auto`` resolved.
-        graph: the checked cycle.
-        model: the target's config.
-        target: what the target is.
-        adapter, drafter, verifier, acceptance, width, rollbacks, nodes: the components made
-            (adapter: its class; rollbacks: by cache kind; nodes: by node name).
-        names: names of target, adapter, drafter, verifier, acceptance, rollback, width.
-        folders: model folders that the drafter's options name; their weights may not be here yet.
-        sampling: default sampling parameters.
-        kernels: which implementation each kernel operation runs, as components get it.
-    """
-
-    spec: PipelineSpec
-    graph: Graph
-    model: ModelInfo
-    target: TargetInfo
-    adapter: Any
-    drafter: Drafter
-    verifier: Verifier
-    acceptance: AcceptancePolicy
-    width: WidthPolicy
-    rollbacks: Mapping[CacheKind, CacheRollback]
-    nodes: Mapping[str, CycleNode]
-    names: dict[str, str]
-    sampling: SamplingParams
-    folders: tuple[Path, ...] = ()
-    kernels: KernelSettings = attrs.Factory(KernelSettings)
 
 
 class Resolver:
@@ -136,7 +99,7 @@ class Resolver:
             sampling=sampling or SamplingParams(),
             folders=tuple(dict.fromkeys(self._folders)),
             kernels=self._kernels,
-            names=_names(target, drafter, verifier, acceptance, rollbacks, width),
+            names=names_of(target, drafter, verifier, acceptance, rollbacks, width),
         )
 
     def _problem(self, where: str, message: str, hint: str = "") -> None:
@@ -379,11 +342,11 @@ class Resolver:
                 ),
             )
         standard = standard_nodes(
-            _width_name(width),
+            width_name(width),
             drafter.info.name,
             verifier.info.name,
             acceptance.info.name,
-            _rollback_name(rollbacks),
+            rollback_name(rollbacks),
         )
         graph = Graph(tuple(standard), title=f"pipeline for {target.name}", notes=notes)
         for insert in self.spec.inserts:
@@ -481,31 +444,3 @@ def _joined(known: ComponentSpec, given: ComponentSpec) -> ComponentSpec:
 
 def _all_problems(component: Checkable, target: TargetInfo) -> list[Problem]:
     return list(component.check(target))
-
-
-def _rollback_name(rollbacks: Mapping[CacheKind, CacheRollback]) -> str:
-    return " + ".join(sorted({r.info.name for r in rollbacks.values()})) or "none"
-
-
-def _width_name(width: WidthPolicy) -> str:
-    tokens = getattr(width, "tokens", None)
-    return width.info.name if tokens is None else f"{width.info.name} {tokens}"
-
-
-def _names(
-    target: TargetInfo,
-    drafter: Drafter,
-    verifier: Verifier,
-    acceptance: AcceptancePolicy,
-    rollbacks: Mapping[CacheKind, CacheRollback],
-    width: WidthPolicy,
-) -> dict[str, str]:
-    return {
-        "target": target.name,
-        "adapter": target.adapter,
-        "drafter": drafter.info.name,
-        "verifier": verifier.info.name,
-        "acceptance": acceptance.info.name,
-        "rollback": _rollback_name(rollbacks),
-        "width": _width_name(width),
-    }

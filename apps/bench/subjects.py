@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from draftloom.blueprint import Blueprint
 from draftloom.builder import PipelineBuilder
 from draftloom.errors import UsageError
-from draftloom.resolver import Blueprint
 from draftloom.spec import ComponentSpec, PipelineSpec
 
 if TYPE_CHECKING:
