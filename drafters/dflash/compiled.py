@@ -229,10 +229,10 @@ def compiled_block(
     choice = settings.use(OPERATION, off=OFF)
     level = logging.INFO if choice is None else logging.WARNING
     if choice is None:
-        choice = on.name if on.by_default() else OFF
+        choice = ahead.name if ahead.by_default() else OFF
     if choice == OFF:
         return None
-    ahead, reason = choice == AHEAD, ""
+    early, reason = choice == AHEAD, ""
     plain = all(type(layer) is DFlashLayer for layer in network.layers)
     if not plain or type(network).__call__ is not DFlashModel.__call__:
         reason = "the drafter has other layers than DFlash's"
@@ -246,10 +246,10 @@ def compiled_block(
             network.extend(features, cache)
             block, rows = mx.zeros((1, 4, size), dtype=dtype), slice(1, 4)
             compiled.run(block, cache, rows)
-            if ahead:
+            if early:
                 count = mx.array([1], dtype=mx.int32)
                 compiled.run_ahead(features, count, block, cache, rows)
-            return CompiledBlock(network, ahead)
+            return CompiledBlock(network, early)
         except Exception as error:  # noqa: BLE001 said below
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     _log.log(level, "%s: drafts run as they are: %s", OPERATION, reason)
@@ -272,7 +272,7 @@ class On:
 
     def by_default(self) -> bool:
         """Whether `auto` runs it here."""
-        return self.name == "on" and on_cuda()
+        return self.name == AHEAD and on_cuda()
 
     @staticmethod
     def checks() -> Iterator[Check]:
