@@ -85,7 +85,7 @@ class SelfTest:
         date: ISO 8601.
         seconds: wall time.
         tested: every registered implementation.
-        kernels_built: kernels of draftloom's that were compiled, or found compiled.
+        kernels_built: kernels of draftloom's that were compiled; not those found compiled on disk.
     """
 
     made_for: dict[str, str]

@@ -25,18 +25,16 @@ def _below(variable: str, default: str) -> Path:
     return root / "draftloom"
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Write a file whole or not at all, with its folder.
+def write_whole(file: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all, with its folder; text as UTF-8.
 
     Raises:
         OSError: it cannot be written; nothing is left behind.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=file.parent, suffix=".part", delete=False
-    ) as part:
+    with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".part", delete=False) as part:
         try:
-            part.write(text)
+            part.write(content.encode() if isinstance(content, str) else content)
             part.flush()
             os.replace(part.name, file)
         except BaseException:

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import attrs
 import mlx.core as mx
 
+from .compiled_cuda import CompiledKernel, kernels_compiled
+
 __all__ = [
     "CUDA_BUILTINS",
     "ON_CPU",
@@ -62,7 +64,7 @@ class Backend:
 
     Attributes:
         name: "metal" or "cuda".
-        build: ``mx.fast.metal_kernel`` or ``mx.fast.cuda_kernel``.
+        build: ``mx.fast.metal_kernel`` or `draftloom.kernels.compiled_cuda.cuda_kernel`.
         prelude: the header handed over with every body.
         memory: threadgroup memory a kernel may use, bytes.
     """
@@ -79,7 +81,7 @@ class Backend:
         template: Sequence[tuple[str, Any]],
         strided: bool = False,
     ) -> Callable[..., list[mx.array]]:
-        """The kernel of a variant for inputs of these dtypes; MLX compiles it at its first launch.
+        """The kernel of a variant for inputs of these dtypes; it is compiled at its first launch.
 
         MLX's CUDA backend tells compiled kernels apart, in memory and on disk, by their name and
         template values alone. So the name holds a digest of all that the code depends on.
@@ -94,8 +96,7 @@ class Backend:
         text = "\n".join([self.prelude, variant.source, *map(str, dtypes)])
         digest = hashlib.sha256(text.encode()).hexdigest()[:12]
         name = f"{variant.name}_{digest}"
-        _BUILT.add((name, str(template)))
-        return self.build(
+        kernel: Callable[..., list[mx.array]] = self.build(
             name=name,
             input_names=variant.inputs,
             output_names=variant.outputs,
@@ -103,6 +104,9 @@ class Backend:
             header=self.prelude,
             ensure_row_contiguous=not strided,
         )
+        if not isinstance(kernel, CompiledKernel):
+            _BUILT.add((name, str(template)))
+        return kernel
 
     def why_missing(self) -> str | None:
         """None if MLX has this backend here, else the reason why not."""
@@ -138,8 +142,9 @@ class KernelLauncher:
 
 def kernels_built() -> int:
     """How many kernels of draftloom's this process has asked a compiler for: each name with each
-    set of template values is one, and takes up to a second the first time on a device."""
-    return len(_BUILT)
+    set of template values is one. On CUDA those that were found on disk cost nothing and are not
+    counted; those that MLX compiles cost seconds each (:mod:`.compiled_cuda`)."""
+    return len(_BUILT) + kernels_compiled()
 
 
 def per_row(numbers: mx.array, rows: int) -> mx.array:

@@ -144,6 +144,7 @@ def _report(plugins: PluginManager, target: str, flags: PipelineFlags) -> dict[s
         "memory": _memory(plugins, flags, known=drafter is not None),
         "kernels": {
             "self_test": _self_test(),
+            "compiled": _compiled(),
             "notes": [*settings.notes, *without_use(settings, plugins, info)],
             "registered": {one.full_name: one.summary for one in found},
             "operations": {
@@ -181,6 +182,15 @@ def _self_test() -> str:
         return f"not run yet on this device: {record.ignored}"
     failed = "; ".join(f"{kernel} ({reason})" for kernel, reason in record.failed.items())
     return f"{record.date}: {f'FAILED {failed}' if failed else 'all passed'}"
+
+
+def _compiled() -> str | None:
+    """Who compiles CUDA kernels, where they run here."""
+    import mlx.core as mx
+
+    from draftloom.kernels.compiled_cuda import how_compiled
+
+    return how_compiled() if mx.cuda.is_available() else None
 
 
 def _memory(plugins: PluginManager, flags: PipelineFlags, *, known: bool) -> dict[str, Any]:
@@ -387,6 +397,8 @@ def _describe(report: dict[str, Any]) -> str:
             why_not = f"; not here: {reason}" if reason else ""
             summary = report["kernels"]["registered"][f"{name}/{choice}"]
             lines.append(f"    {choice}: {summary}{auto}{why_not}")
+    if report["kernels"]["compiled"]:
+        lines.append(f"  CUDA kernels are compiled {report['kernels']['compiled']}")
     lines.append(f"  self-test: {report['kernels']['self_test']}")
     lines += [f"    {note}" for note in report["kernels"]["notes"]]
     lines += ["third-party plugins", *(f"  {p}" for p in report["plugins"] or ["none"])]

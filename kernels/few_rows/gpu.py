@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import mlx.core as mx
-
 from draftloom.kernels.backend import CUDA_BUILTINS, Backend
 from draftloom.kernels.check import Check
+from draftloom.kernels.compiled_cuda import cuda_kernel
 from draftloom.kernels.gpu_kernel import GpuKernel
 from draftloom.kernels.verify_attention.prelude import CUDA_MMA
 
@@ -27,7 +26,7 @@ def checks(name: str) -> Iterator[Check]:
 
 
 cuda = GpuKernel(
-    Launcher(Backend("cuda", mx.fast.cuda_kernel, CUDA_BUILTINS + CUDA_MMA, 48 * 1024)),
+    Launcher(Backend("cuda", cuda_kernel, CUDA_BUILTINS + CUDA_MMA, 48 * 1024)),
     TIMED,
     unsupported,
     checks,

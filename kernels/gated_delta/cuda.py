@@ -2,10 +2,9 @@
 
 from collections.abc import Iterator
 
-import mlx.core as mx
-
 from draftloom.kernels.backend import ON_CPU
 from draftloom.kernels.check import Check
+from draftloom.kernels.compiled_cuda import cuda_kernel
 
 from .launch import Backend, Launcher, Request, unsupported_shape
 from .source import CUDA_PRELUDE
@@ -13,7 +12,7 @@ from .targets import why_not_for
 
 __all__ = ["BACKEND", "LAUNCHER", "by_default", "checks", "supports", "why_not_for", "why_not_here"]
 
-BACKEND = Backend("cuda", mx.fast.cuda_kernel, CUDA_PRELUDE, memory=48 * 1024)
+BACKEND = Backend("cuda", cuda_kernel, CUDA_PRELUDE, memory=48 * 1024)
 LAUNCHER = Launcher(BACKEND)
 why_not_here = BACKEND.why_not_here
 

@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from draftloom.kernels.backend import Backend
 from draftloom.kernels.check import Check
+from draftloom.kernels.compiled_cuda import cuda_kernel
 from draftloom.kernels.gated_delta.targets import why_not_for
 from draftloom.kernels.gpu_kernel import GpuKernel
 
@@ -28,7 +29,7 @@ def checks(name: str) -> Iterator[Check]:
 
 
 cuda = GpuKernel(
-    Launcher(Backend("cuda", mx.fast.cuda_kernel, CUDA_PRELUDE)),
+    Launcher(Backend("cuda", cuda_kernel, CUDA_PRELUDE)),
     TIMED,
     unsupported,
     checks,

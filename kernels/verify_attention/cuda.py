@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import mlx.core as mx
-
 from draftloom.kernels.backend import Backend
 from draftloom.kernels.check import Check
+from draftloom.kernels.compiled_cuda import cuda_kernel
 
 from .launch import TIMED, Launcher, Request, unsupported_shape
 from .prelude import CUDA_PRELUDE
@@ -24,7 +23,7 @@ __all__ = [
     "why_not_here",
 ]
 
-BACKEND = Backend("cuda", mx.fast.cuda_kernel, CUDA_PRELUDE, memory=48 * 1024)
+BACKEND = Backend("cuda", cuda_kernel, CUDA_PRELUDE, memory=48 * 1024)
 LAUNCHER = Launcher(BACKEND)
 attend = LAUNCHER.attend
 why_not_here = BACKEND.why_not_here

@@ -17,6 +17,7 @@ import mlx.core as mx
 import pytest
 
 from draftloom.kernels.backend import CUDA_BUILTINS, Backend
+from draftloom.kernels.compiled_cuda import cuda_kernel
 from draftloom.kernels.verify_attention import cuda, metal
 from draftloom.kernels.verify_attention.launch import (
     SIZES,
@@ -169,7 +170,7 @@ def test_the_emulated_sources_are_the_ones_that_are_sent() -> None:
     assert metal.BACKEND.prelude == METAL_PRELUDE
     assert metal.BACKEND.build is mx.fast.metal_kernel
     assert cuda.BACKEND.prelude == CUDA_PRELUDE == CUDA_BUILTINS + CUDA_MMA + CUDA_FRAGMENTS
-    assert cuda.BACKEND.build is mx.fast.cuda_kernel
+    assert cuda.BACKEND.build is cuda_kernel
     assert CUDA_MMA.count("asm volatile") == 2
     assert "asm" not in CUDA_FRAGMENTS
     sent: dict[str, str] = {}
