@@ -24,59 +24,75 @@ from .cubins import cubin_folder, keep, kept
 from .cuda_program import program, shaped_inputs
 from .nvrtc import Nvrtc, find_nvrtc
 
-__all__ = ["CompiledKernel", "Launch", "cuda_kernel", "how_compiled", "kernels_compiled"]
+__all__ = ["CompiledKernel", "CudaKernels", "Launch", "cuda_kernel", "kernels_compiled"]
 
 Launch = Callable[..., list[mx.array]]
 """``mx.fast.precompiled_cuda_kernel``, or what is called like it."""
-_COMPILED: set[str] = set()
+_COMPILED: list[str] = []
 
 
-def cuda_kernel(
-    *,
-    name: str,
-    input_names: Sequence[str],
-    output_names: Sequence[str],
-    source: str,
-    header: str = "",
-    ensure_row_contiguous: bool = True,
-) -> Callable[..., list[mx.array]]:
-    """A kernel, as ``mx.fast.cuda_kernel`` makes it; compiled at its first launch with each set of
-    template values, dtypes and numbers of axes.
+@attrs.frozen
+class CudaKernels:
+    """Makes kernels, as ``mx.fast.cuda_kernel`` does.
 
-    Args:
-        name: unique to the source.
-        input_names: of the arguments, in order.
-        output_names: likewise.
-        source: the body.
-        header: what goes before the function.
-        ensure_row_contiguous: whether inputs that are not contiguous are copied first. False means
-            that the body reads strides: MLX compiles it.
+    Attributes:
+        compiler: gives NVRTC, or why there is none.
+        mlx: makes the kernels that are MLX's still.
     """
-    found = find_nvrtc()
-    if isinstance(found, str) or not ensure_row_contiguous:
-        kernel: Callable[..., list[mx.array]] = mx.fast.cuda_kernel(  # type: ignore[assignment]
-            name=name,
-            input_names=input_names,
-            output_names=output_names,
-            source=source,
-            header=header,
-            ensure_row_contiguous=ensure_row_contiguous,
-        )
-        return kernel
-    return _one_of_each(name, tuple(input_names), tuple(output_names), source, header, found)
+
+    compiler: Callable[[], Nvrtc | str] = find_nvrtc
+    mlx: Callable[..., Any] = mx.fast.cuda_kernel
+
+    def __call__(
+        self,
+        *,
+        name: str,
+        input_names: Sequence[str],
+        output_names: Sequence[str],
+        source: str,
+        header: str = "",
+        ensure_row_contiguous: bool = True,
+    ) -> Callable[..., list[mx.array]]:
+        """A kernel; compiled at its first launch with each set of template values, dtypes and
+        numbers of axes.
+
+        Args:
+            name: unique to the source.
+            input_names: of the arguments, in order.
+            output_names: likewise.
+            source: the body.
+            header: what goes before the function.
+            ensure_row_contiguous: whether inputs that are not contiguous are copied first. False
+                means that the body reads strides: MLX compiles it.
+        """
+        found = self.compiler()
+        if isinstance(found, str) or not ensure_row_contiguous:
+            kernel: Callable[..., list[mx.array]] = self.mlx(
+                name=name,
+                input_names=input_names,
+                output_names=output_names,
+                source=source,
+                header=header,
+                ensure_row_contiguous=ensure_row_contiguous,
+            )
+            return kernel
+        return _one_of_each(name, tuple(input_names), tuple(output_names), source, header, found)
+
+    def how(self) -> str:
+        """Who compiles kernels here, in one line."""
+        found = self.compiler()
+        if isinstance(found, str):
+            return f"by MLX, anew in every process: {found}"
+        return f"by NVRTC {found.version}, kept in {cubin_folder()}"
+
+
+cuda_kernel = CudaKernels()
+"""What the built-in kernels are made with."""
 
 
 def kernels_compiled() -> int:
     """How many kernels this process has compiled itself; what was found on disk is not counted."""
     return len(_COMPILED)
-
-
-def how_compiled() -> str:
-    """Who compiles CUDA kernels here, in one line."""
-    found = find_nvrtc()
-    if isinstance(found, str):
-        return f"by MLX, anew in every process: {found}"
-    return f"by NVRTC {found.version}, kept in {cubin_folder()}"
 
 
 def _architecture() -> str:
@@ -212,6 +228,6 @@ class CompiledKernel:
         cubin = kept(folder, name)
         if cubin is None:
             cubin = self.compiler.compile(name, program(name, *parts[1:]), options)
-            _COMPILED.add(name)
+            _COMPILED.append(name)
             keep(folder, name, cubin)
         return _Compiled(name, cubin)

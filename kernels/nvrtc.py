@@ -73,7 +73,7 @@ class Nvrtc:
             failed = self.library.nvrtcCompileProgram(program, len(options), given)
             if failed:
                 log = self._contents("nvrtcGetProgramLog", name, program).rstrip(b"\0").decode()
-                raise self._refused(name, failed, log)
+                raise self._refused(f"{name} ({' '.join(options)})", failed, log)
             return self._contents("nvrtcGetCUBIN", name, program)
 
     @contextmanager

@@ -188,9 +188,9 @@ def _compiled() -> str | None:
     """Who compiles CUDA kernels, where they run here."""
     import mlx.core as mx
 
-    from draftloom.kernels.compiled_cuda import how_compiled
+    from draftloom.kernels.compiled_cuda import cuda_kernel
 
-    return how_compiled() if mx.cuda.is_available() else None
+    return cuda_kernel.how() if mx.cuda.is_available() else None
 
 
 def _memory(plugins: PluginManager, flags: PipelineFlags, *, known: bool) -> dict[str, Any]:
