@@ -152,7 +152,7 @@ lock: build/lock/.stamp ## bring constraints/ in line with pyproject.toml, keepi
 	@$(UV_COMPILE) pyproject.toml --group dev --output-file constraints/base.txt
 	@set -e; for backend in cpu:mlx-cpu cuda:mlx-cuda-13; do \
 	  mlx=$$(sed -nE 's/^mlx==([^ ]+).*/\1/p' constraints/base.txt); \
-	  echo "$${backend#*:}==$$mlx" | $(UV_COMPILE) - --no-annotate \
+	  echo "$${backend#*:}==$$mlx" | $(UV_COMPILE) - --no-annotate --constraint constraints/base.txt \
 	    --output-file constraints/$${backend%:*}.txt; done
 	@set -o pipefail; echo uv | $(UV_COMPILE) - --no-annotate --output-file constraints/lock.txt
 

@@ -61,8 +61,8 @@ class Ran:
 
 
 def processes_here() -> int:
-    """How many processes a self-test is worth on this device: 1 but on CUDA, where MLX compiles
-    custom kernels in every process anew."""
+    """How many processes a self-test is worth on this device: 1 but on CUDA, where there is
+    much to compile."""
     if not mx.cuda.is_available() or mx.default_device() != mx.gpu:
         return 1
     memory = device_memory() or BYTES_EACH
