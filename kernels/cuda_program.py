@@ -92,14 +92,15 @@ def program(
     template: Sequence[tuple[str, Any]],
 ) -> str:
     """The translation unit of a kernel. Its parameters are pointers to the inputs and the outputs,
-    then, for each input whose shape the body asks, an int an axis. (Declared as MLX declares its
-    shapes; without ``__grid_constant__`` other instructions come out.)
+    then, for each input whose shape the body asks, an int an axis: ``NAME_shape[1]`` is read as
+    ``NAME_shape_1``. (So, and with ``__grid_constant__``, the instructions are those of MLX's
+    kernels; of an array, or of plain ints, the compiler made others.)
 
     Args:
         name: of the function.
         header: what goes before it.
         source: the body. It finds what it would find in a kernel of `mx.fast.cuda_kernel`, but for
-            strides: inputs and outputs by name, ``NAME_shape``, template values.
+            strides: inputs and outputs by name, ``NAME_shape[AXIS]``, template values.
         inputs: name, dtype and number of axes.
         outputs: name and dtype.
         template: names and whole numbers, truth values or dtypes.
@@ -109,14 +110,12 @@ def program(
     """
     parameters = [f"const {_type(dtype)}* {n}" for n, dtype, _ in inputs]
     parameters += [f"{_type(dtype)}* {n}" for n, dtype in outputs]
-    lines = []
     for place in shaped_inputs([n for n, _, _ in inputs], source):
         n, _, axes = inputs[place]
         lengths = [f"{n}_shape_{axis}" for axis in range(axes)]
         parameters += [f"const __grid_constant__ int {length}" for length in lengths]
-        if lengths:
-            lines.append(f"const int {n}_shape[] = {{{', '.join(lengths)}}};")
-    lines += [_constant(n, value) for n, value in template]
+        source = re.sub(rf"\b{n}_shape\[(\d+)\]", rf"{n}_shape_\1", source)
+    lines = [_constant(n, value) for n, value in template]
     listed, begun = ",\n    ".join(parameters), "\n  ".join(lines)
     return (
         f"{HALVES}{header}\n"
