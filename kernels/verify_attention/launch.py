@@ -11,7 +11,8 @@ import mlx.core as mx
 
 from draftloom.kernels.backend import Backend, KernelLauncher, per_row, row_entries
 
-from .source import Combine, Partial
+from .source import COMBINE_SIMDS, Combine, Partial
+from .tensor import STAGES, TensorPartial
 
 __all__ = [
     "MAX_QUERIES",
@@ -21,7 +22,9 @@ __all__ = [
     "Geometry",
     "Launcher",
     "Request",
+    "chosen_geometry",
     "geometry_for",
+    "tensor_geometry_for",
     "unsupported_shape",
     "valid_lengths",
 ]
@@ -96,15 +99,22 @@ class Geometry:
         simds: simdgroups in a threadgroup; ``simds * 16 / rows`` of them share 16 rows, and divide
             ``keys / 8``.
         groups: threadgroups to split the keys for, all heads together.
+        tensor: whether the first pass is :mod:`.tensor`'s. Then ``keys`` is a multiple of 32, and
+            ``simds`` is ``rows / 8``.
+        least: tiles of a part, at least.
     """
 
     rows: int
     keys: int
     simds: int
     groups: int = _GROUPS
+    tensor: bool = False
+    least: int = 1
 
     def threadgroup_bytes(self, size: int, item: int) -> int:
         """Threadgroup memory, bytes, for heads of ``size`` and numbers of ``item`` bytes."""
+        if self.tensor:
+            return STAGES * self.keys * size * item
         tile = self.keys * (size * item + 16)
         weights = self.rows * (self.keys * item + 16)
         return tile + weights + 4 * 16 * self.simds
@@ -116,11 +126,10 @@ class Geometry:
 
 
 def geometry_for(rows: int, size: int, item: int, memory: int) -> Geometry:
-    """The geometry for so many packed rows: by arithmetic, but for 64 rows of heads of 256 in half
-    precision, where 64 keys at once were timed and were the fastest on an H100.
+    """The geometry for so many packed rows, by arithmetic.
 
-    Else a tile is 16 KB where that makes 16 to 64 keys: what a multiprocessor has to have on its
-    way to read at full speed. Where it is less, there are more threadgroups to share one.
+    A tile is 16 KB where that makes 16 to 64 keys: what a multiprocessor has to have on its way to
+    read at full speed. Where it is less, there are more threadgroups to share one.
 
     Args:
         rows: Hq / Hkv * M.
@@ -128,9 +137,8 @@ def geometry_for(rows: int, size: int, item: int, memory: int) -> Geometry:
         item: bytes of a number.
         memory: threadgroup memory that may be used, bytes.
     """
-    height = 16 if rows <= 16 else 32 if rows <= 32 else 64
-    wide = 2 if height == 64 and item == 2 and size == max(SIZES) else 1
-    keys = max(16, min(64, wide * _TILE // (size * item)))
+    height = _height(rows)
+    keys = max(16, min(64, _TILE // (size * item)))
     while True:
         sharing = min(8 * 16 // height, keys // 8, 4)
         groups = _GROUPS * max(1, _TILE // (keys * size * item))
@@ -138,6 +146,30 @@ def geometry_for(rows: int, size: int, item: int, memory: int) -> Geometry:
         if keys == 16 or tried.threadgroup_bytes(size, item) <= memory:
             return tried
         keys //= 2
+
+
+def tensor_geometry_for(rows: int, size: int) -> Geometry:
+    """The geometry on tensor cores: timed for 64 rows of heads of 256 on an H100, else likewise.
+
+    Args:
+        rows: Hq / Hkv * M.
+        size: D.
+    """
+    height = _height(rows)
+    keys = min(64, _TILE // (2 * size))
+    groups = _GROUPS * (_TILE // (2 * size * keys))
+    return Geometry(height, keys, height // 8, groups, tensor=True, least=2)
+
+
+def chosen_geometry(backend: Backend, dtype: mx.Dtype, rows: int, size: int) -> Geometry:
+    """What a launcher takes unless it is told another; tensor cores where there are."""
+    if backend.name == "cuda" and dtype != mx.float32:
+        return tensor_geometry_for(rows, size)
+    return geometry_for(rows, size, dtype.size, backend.memory)
+
+
+def _height(rows: int) -> int:
+    return 16 if rows <= 16 else 32 if rows <= 32 else 64
 
 
 @attrs.frozen
@@ -161,23 +193,25 @@ def _plan(
     """Plan a call; ``shapes`` are those of q and the keys."""
     (batch, heads, queries, size), (_, key_heads, allocated, _) = shapes
     rows, pairs = heads // key_heads * queries, batch * key_heads
-    geometry = geometry or geometry_for(rows, size, dtype.size, backend.memory)
+    geometry = geometry or chosen_geometry(backend, dtype, rows, size)
     most = geometry.splits(pairs, rows)
-    splits = min(most, -(-allocated // geometry.keys))
+    splits = min(most, -(-allocated // (geometry.least * geometry.keys)))
     shared = [("D", size), ("Hq", heads), ("Hkv", key_heads)]
     parts = (pairs, splits, rows)
-    partial, combine = Partial(scale), Combine(sinks is not None)
+    partial = TensorPartial(scale) if geometry.tensor else Partial(scale)
+    combine = Combine(sinks is not None)
     dtypes = (dtype,) * 3
     seconds = (mx.float32,) * 3 + (() if sinks is None else (sinks,))
     first: dict[str, Any] = {
         "template": [
             ("CT", dtype),
-            ("KIND", _KINDS[dtype]),
+            *([("KIND", _KINDS[dtype])] if geometry.tensor else []),
             *shared,
             ("RT", geometry.rows),
             ("BN", geometry.keys),
             ("SIMDS", geometry.simds),
             ("SPLITS", most),
+            ("LEAST", geometry.least),
             ("WINDOW", window or 0),
         ],
         "grid": (32 * splits, geometry.simds * -(-rows // geometry.rows), pairs),
@@ -186,9 +220,9 @@ def _plan(
         "output_dtypes": [mx.float32] * 3,
     }
     second: dict[str, Any] = {
-        "template": [("QT", dtype), *shared],
-        "grid": (32, size // 32 * rows, pairs),
-        "threadgroup": (32, size // 32, 1),
+        "template": [("QT", dtype), *shared, ("SPLITS", most)],
+        "grid": (32, COMBINE_SIMDS * rows, pairs),
+        "threadgroup": (32, COMBINE_SIMDS, 1),
         "output_shapes": [(batch, queries, heads, size)],
         "output_dtypes": [dtype],
     }
@@ -204,7 +238,7 @@ class Launcher(KernelLauncher):
     """Verify attention on one backend; arguments and shapes as in :mod:`.dispatch`.
 
     Attributes:
-        geometry: a fixed geometry, or None for :func:`geometry_for`.
+        geometry: a fixed geometry, or None for :func:`chosen_geometry`.
     """
 
     geometry: Geometry | None = None

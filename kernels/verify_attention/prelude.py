@@ -1,15 +1,16 @@
-"""What the kernel bodies call, in Metal and in CUDA: chunks of 16 bytes, and products of tiles.
+"""What the bodies of :mod:`.source` call, in Metal and in CUDA: chunks of 16 bytes, sums of tiles.
 
-On Metal, and for float32 on CUDA, the sums of a tile are taken one by one. For float16 and bfloat16
-on CUDA they are ``mma.sync``, whose assembly stands alone (`CUDA_MMA`) so that a test can put a
-function in its place and run all the rest.
+What :mod:`.tensor` calls besides is there. Its instructions stand alone (`CUDA_MMA`,
+`CUDA_INSTRUCTIONS`), so that a test can put functions in their place and run all the rest.
 """
 
 from __future__ import annotations
 
 from draftloom.kernels.backend import CUDA_BUILTINS
 
-__all__ = ["CUDA_FRAGMENTS", "CUDA_MMA", "CUDA_PRELUDE", "METAL_PRELUDE"]
+from .tensor import CUDA_INSTRUCTIONS, CUDA_MMA, CUDA_TENSOR
+
+__all__ = ["CUDA_FUNCTIONS", "CUDA_MMA", "CUDA_PRELUDE", "METAL_PRELUDE"]
 
 _PLAIN = """
 // What the lane multiplies: two rows of queries, where they lie.
@@ -23,7 +24,6 @@ struct QueryRows {
 METAL_PRELUDE = (
     """
 #define UNROLL
-#define UNROLL_8
 inline float natural_exp(float x) {
   return metal::exp(x);
 }
@@ -62,18 +62,29 @@ inline void put_pair(P to, float a, float b) {
   to[0] = a;
   to[1] = b;
 }
+struct Four {
+  float x[4];
+};
+template <typename P>
+inline Four load_four(P from) {
+  Four four;
+  for (int e = 0; e < 4; ++e) {
+    four.x[e] = from[e];
+  }
+  return four;
+}
 """
     + _PLAIN
     + """
-template <typename T, int D, int KIND, typename P>
-inline QueryRows<P> queries_at(P row0, P row1, int lane) {
+template <typename P>
+inline QueryRows<P> rows_at(P row0, P row1) {
   QueryRows<P> rows;
   rows.row0 = row0;
   rows.row1 = row1;
   return rows;
 }
 // sums = queries [16, D] times keys [8, D], for NT tiles one below the other
-template <typename T, int D, int NT, int LD, int KIND, typename P, typename S>
+template <int D, int NT, int LD, typename P, typename S>
 inline void score_tiles(
     thread float (*sums)[4], thread const QueryRows<P>& rows, S keys, int lane) {
   for (int t = 0; t < NT; ++t) {
@@ -96,7 +107,7 @@ inline void score_tiles(
   }
 }
 // sums += weights [16, BN] times values [BN, 8], for OT tiles side by side
-template <typename T, int OT, int BN, int LD, int PLD, int KIND, typename W, typename S>
+template <int OT, int BN, int LD, int PLD, typename W, typename S>
 inline void value_tiles(thread float (*sums)[4], W weights, S values, int lane) {
   W weight0 = weights + (lane / 4) * PLD;
   W weight1 = weight0 + 8 * PLD;
@@ -117,36 +128,8 @@ inline void value_tiles(thread float (*sums)[4], W weights, S values, int lane) 
 """
 )
 
-CUDA_MMA = """
-#define UNROLL _Pragma("unroll")
-// c [16, 8] += a [16, 16] b [16, 8]; the layouts are PTX's for m16n8k16
-template <int KIND>
-__device__ __forceinline__ void mma_16x8x16(
-    float* c, const unsigned int* a, unsigned int b0, unsigned int b1) {
-  if (KIND == 2) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  } else {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  }
-}
-"""
-"""The one instruction that a CPU has to be told: tests put a function of the same name here."""
-
-CUDA_FRAGMENTS = (
+CUDA_FUNCTIONS = (
     """
-#ifdef __CUDACC_RTC__
-#define UNROLL_8 _Pragma("unroll 8")
-#else
-#define UNROLL_8
-#endif
 __device__ __forceinline__ float natural_exp(float x) {
   return expf(x);
 }
@@ -186,87 +169,22 @@ __device__ __forceinline__ void put_chunk(T* to, const Chunk<T>& chunk) {
 __device__ __forceinline__ void put_pair(float* to, float a, float b) {
   *reinterpret_cast<float2*>(to) = make_float2(a, b);
 }
-// Two neighbours in one register, as mma takes them.
-template <typename T>
-__device__ __forceinline__ unsigned int pair_of(const T& low, const T& high) {
-  return *reinterpret_cast<const unsigned short*>(&low)
-      | static_cast<unsigned int>(*reinterpret_cast<const unsigned short*>(&high)) << 16;
-}
-template <typename T>
-__device__ __forceinline__ unsigned int pair_at(const T* from) {
-  return *reinterpret_cast<const unsigned int*>(from);
+struct Four {
+  float x[4];
+};
+__device__ __forceinline__ Four load_four(const float* from) {
+  const float4 x = *reinterpret_cast<const float4*>(from);
+  return {x.x, x.y, x.z, x.w};
 }
 """
     + _PLAIN
     + """
-// What the lane multiplies: its share of 16 rows of queries, in registers.
-template <int D>
-struct QueryFragments {
-  unsigned int a[D / 16][4];
-};
-template <typename T, int D, int KIND>
-struct QueriesOf {
-  using Type = QueryFragments<D>;
-  static __device__ __forceinline__ Type at(const T* row0, const T* row1, int lane) {
-    Type rows;
-    UNROLL
-    for (int k = 0; k < D / 16; ++k) {
-      const int d = 16 * k + 2 * (lane % 4);
-      rows.a[k][0] = pair_of(row0[d], row0[d + 1]);
-      rows.a[k][1] = pair_of(row1[d], row1[d + 1]);
-      rows.a[k][2] = pair_of(row0[d + 8], row0[d + 9]);
-      rows.a[k][3] = pair_of(row1[d + 8], row1[d + 9]);
-    }
-    return rows;
-  }
-};
-template <typename T, int D>
-struct QueriesOf<T, D, 0> {
-  using Type = QueryRows<const T*>;
-  static __device__ __forceinline__ Type at(const T* row0, const T* row1, int lane) {
-    Type rows;
-    rows.row0 = row0;
-    rows.row1 = row1;
-    return rows;
-  }
-};
-template <typename T, int D, int KIND>
-__device__ __forceinline__ typename QueriesOf<T, D, KIND>::Type queries_at(
-    const T* row0, const T* row1, int lane) {
-  return QueriesOf<T, D, KIND>::at(row0, row1, lane);
+template <typename T>
+__device__ __forceinline__ QueryRows<const T*> rows_at(const T* row0, const T* row1) {
+  return {row0, row1};
 }
-// sums = queries [16, D] times keys [8, D], for NT tiles one below the other. Every second product
-// has sums of its own: a tensor core's result is long in coming, and no product waits for the last.
-template <typename T, int D, int NT, int LD, int KIND>
-__device__ __forceinline__ void score_tiles(
-    float (*sums)[4], const QueryFragments<D>& rows, const T* keys, int lane) {
-  const T* key = keys + (lane / 4) * LD + 2 * (lane % 4);
-  float odd[NT][4];
-  UNROLL
-  for (int t = 0; t < NT; ++t) {
-    UNROLL
-    for (int e = 0; e < 4; ++e) {
-      sums[t][e] = odd[t][e] = 0.0f;
-    }
-  }
-  UNROLL
-  for (int k = 0; k < D / 16; k += 2) {
-    UNROLL
-    for (int t = 0; t < NT; ++t) {
-      const T* at = key + 8 * t * LD + 16 * k;
-      mma_16x8x16<KIND>(sums[t], rows.a[k], pair_at(at), pair_at(at + 8));
-      mma_16x8x16<KIND>(odd[t], rows.a[k + 1], pair_at(at + 16), pair_at(at + 24));
-    }
-  }
-  UNROLL
-  for (int t = 0; t < NT; ++t) {
-    UNROLL
-    for (int e = 0; e < 4; ++e) {
-      sums[t][e] += odd[t][e];
-    }
-  }
-}
-template <typename T, int D, int NT, int LD, int KIND>
+// sums = queries [16, D] times keys [8, D], for NT tiles one below the other
+template <int D, int NT, int LD, typename T>
 __device__ __forceinline__ void score_tiles(
     float (*sums)[4], const QueryRows<const T*>& rows, const T* keys, int lane) {
   UNROLL
@@ -275,10 +193,14 @@ __device__ __forceinline__ void score_tiles(
     const T* key1 = key0 + LD;
     float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     for (int d = 0; d < D; ++d) {
-      sum[0] += rows.row0[d] * key0[d];
-      sum[1] += rows.row0[d] * key1[d];
-      sum[2] += rows.row1[d] * key0[d];
-      sum[3] += rows.row1[d] * key1[d];
+      const float q0 = static_cast<float>(rows.row0[d]);
+      const float q1 = static_cast<float>(rows.row1[d]);
+      const float k0 = static_cast<float>(key0[d]);
+      const float k1 = static_cast<float>(key1[d]);
+      sum[0] += q0 * k0;
+      sum[1] += q0 * k1;
+      sum[2] += q1 * k0;
+      sum[3] += q1 * k1;
     }
     UNROLL
     for (int e = 0; e < 4; ++e) {
@@ -287,52 +209,27 @@ __device__ __forceinline__ void score_tiles(
   }
 }
 // sums += weights [16, BN] times values [BN, 8], for OT tiles side by side
-template <typename T, int OT, int BN, int LD, int PLD, int KIND>
-struct ValueTiles {
-  static __device__ __forceinline__ void add(
-      float (*sums)[4], const T* weights, const T* values, int lane) {
-    const T* weight = weights + (lane / 4) * PLD + 2 * (lane % 4);
-    const T* value = values + 2 * (lane % 4) * LD + lane / 4;
-    UNROLL
-    for (int k = 0; k < BN; k += 16) {
-      unsigned int a[4];
-      a[0] = pair_at(weight + k);
-      a[1] = pair_at(weight + 8 * PLD + k);
-      a[2] = pair_at(weight + k + 8);
-      a[3] = pair_at(weight + 8 * PLD + k + 8);
-      UNROLL
-      for (int t = 0; t < OT; ++t) {
-        const T* from = value + k * LD + 8 * t;
-        mma_16x8x16<KIND>(
-            sums[t], a, pair_of(from[0], from[LD]), pair_of(from[8 * LD], from[9 * LD]));
-      }
-    }
-  }
-};
-template <typename T, int OT, int BN, int LD, int PLD>
-struct ValueTiles<T, OT, BN, LD, PLD, 0> {
-  static __device__ __forceinline__ void add(
-      float (*sums)[4], const T* weights, const T* values, int lane) {
-    const T* weight0 = weights + (lane / 4) * PLD;
-    const T* weight1 = weight0 + 8 * PLD;
-    for (int key = 0; key < BN; ++key) {
-      UNROLL
-      for (int t = 0; t < OT; ++t) {
-        const T* value = values + key * LD + 8 * t + 2 * (lane % 4);
-        sums[t][0] += weight0[key] * value[0];
-        sums[t][1] += weight0[key] * value[1];
-        sums[t][2] += weight1[key] * value[0];
-        sums[t][3] += weight1[key] * value[1];
-      }
-    }
-  }
-};
-template <typename T, int OT, int BN, int LD, int PLD, int KIND>
+template <int OT, int BN, int LD, int PLD, typename T>
 __device__ __forceinline__ void value_tiles(
     float (*sums)[4], const T* weights, const T* values, int lane) {
-  ValueTiles<T, OT, BN, LD, PLD, KIND>::add(sums, weights, values, lane);
+  const T* weight0 = weights + (lane / 4) * PLD;
+  const T* weight1 = weight0 + 8 * PLD;
+  for (int key = 0; key < BN; ++key) {
+    const float w0 = static_cast<float>(weight0[key]);
+    const float w1 = static_cast<float>(weight1[key]);
+    UNROLL
+    for (int t = 0; t < OT; ++t) {
+      const T* value = values + key * LD + 8 * t + 2 * (lane % 4);
+      const float v0 = static_cast<float>(value[0]);
+      const float v1 = static_cast<float>(value[1]);
+      sums[t][0] += w0 * v0;
+      sums[t][1] += w0 * v1;
+      sums[t][2] += w1 * v0;
+      sums[t][3] += w1 * v1;
+    }
+  }
 }
 """
 )
 
-CUDA_PRELUDE = CUDA_BUILTINS + CUDA_MMA + CUDA_FRAGMENTS
+CUDA_PRELUDE = CUDA_BUILTINS + CUDA_MMA + CUDA_INSTRUCTIONS + CUDA_FUNCTIONS + CUDA_TENSOR

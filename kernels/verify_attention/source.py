@@ -5,10 +5,10 @@ tokens, packed) over one part of the keys: scores, a running softmax, and an out
 divided by its sum. The second adds the parts up, with the sinks.
 
 A simdgroup works on 16 rows at a time, on tiles of 16 x 8. Lane l holds, of a tile, rows l / 4 and
-l / 4 + 8, columns 2 (l % 4) and the next. That is the layout of CUDA's ``mma.sync``, which computes
-the tiles there for float16 and bfloat16; elsewhere the same sums are taken one by one. Keys and
-values go through one tile in threadgroup memory: values are on their way while scores are computed,
-the next keys while values are added.
+l / 4 + 8, columns 2 (l % 4) and the next, and takes their sums one by one. Keys and values go
+through one tile in threadgroup memory: values are on their way while scores are computed, the next
+keys while values are added. Metal and float32 on CUDA share this first pass; :mod:`.tensor` has the
+one for float16 and bfloat16 on CUDA. The second is the same for all.
 
 Only builtins that mlx-lm's own Metal kernels use appear here: simd_shuffle_xor, threadgroup arrays,
 threadgroup_barrier, metal::exp, and the position attributes.
@@ -18,7 +18,10 @@ from __future__ import annotations
 
 import attrs
 
-__all__ = ["Combine", "Partial"]
+__all__ = ["COMBINE_SIMDS", "Combine", "Partial"]
+
+COMBINE_SIMDS = 8
+"""Simdgroups of a threadgroup of the second pass."""
 
 _FETCH = """
     {
@@ -71,7 +74,7 @@ _PARTIAL = (
   const int queries = q_shape[2];
   const int allocated = k_shape[2];
   const int rows = Hq / Hkv * queries;
-  const int most = (allocated + BN - 1) / BN;
+  const int most = (allocated + LEAST * BN - 1) / (LEAST * BN);
   const int splits = most < SPLITS ? most : SPLITS;
   const int split = static_cast<int>(threadgroup_position_in_grid.x);
   const int pair = static_cast<int>(threadgroup_position_in_grid.z);  // row of the batch, key head
@@ -91,7 +94,7 @@ _PARTIAL = (
   const int at0 = length - queries + from0 % queries;  // positions of the two rows
   const int at1 = length - queries + from1 % queries;
   const size_t base = static_cast<size_t>(pair) * rows;
-  auto mine = queries_at<CT, D, KIND>(q + (base + from0) * D, q + (base + from1) * D, lane);
+  auto mine = rows_at(q + (base + from0) * D, q + (base + from1) * D);
 
   threadgroup CT tile[BN * LD];
   threadgroup CT weights[RT * PLD];
@@ -121,7 +124,7 @@ _PARTIAL = (
     float score[NT][4];
     float best0 = LOWEST;
     float best1 = LOWEST;
-    score_tiles<CT, D, NT, LD, KIND>(score, mine, tile + part * NT * 8 * LD, lane);
+    score_tiles<D, NT, LD>(score, mine, tile + part * NT * 8 * LD, lane);
     UNROLL
     for (int t = 0; t < NT; ++t) {
       UNROLL
@@ -193,7 +196,7 @@ _PARTIAL = (
 """
     + _fetch("k", "j0 + BN")
     + """
-    value_tiles<CT, OT, BN, LD, PLD, KIND>(
+    value_tiles<OT, BN, LD, PLD>(
         out, weights + simd / PARTS * 16 * PLD, tile + part * OT * 8, lane);
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
@@ -243,9 +246,15 @@ _PARTIAL = (
 
 _COMBINE = """
   constexpr float LOWEST = -1e30f;
+  constexpr int THREADS = 32 * @SIMDS@;
+  constexpr int SHARES = THREADS / (D / 4);     // threads that share four columns
+  constexpr int MOST = (SPLITS + SHARES - 1) / SHARES;  // parts that one of them reads
   threadgroup float weights[64];
-  const int d = static_cast<int>(simdgroup_index_in_threadgroup) * 32
-      + static_cast<int>(thread_index_in_simdgroup);
+  threadgroup float shares[SHARES * D];
+  const int lane = static_cast<int>(thread_index_in_simdgroup);
+  const int thread_id = static_cast<int>(simdgroup_index_in_threadgroup) * 32 + lane;
+  const int share = thread_id / (D / 4);
+  const int d = thread_id % (D / 4) * 4;
   const int row = static_cast<int>(threadgroup_position_in_grid.y);
   const int pair = static_cast<int>(threadgroup_position_in_grid.z);
   const int splits = partial_shape[1];
@@ -253,15 +262,22 @@ _COMBINE = """
   const int queries = rows / (Hq / Hkv);
   const int head = pair % Hkv * (Hq / Hkv) + row / queries;
   const size_t first = static_cast<size_t>(pair) * splits * rows + row;
-  // A thread reads what two parts say of themselves (there are at most two a lane), all simdgroups
-  // the same; then every part is added, and none of the reads waits for another.
-  const int lane = static_cast<int>(thread_index_in_simdgroup);
+  // Every simdgroup reads what all parts say of themselves (at most two a lane), and every thread
+  // its share of the outputs, before it knows what they weigh: none of the reads waits for another.
   const int one = lane < splits ? lane : splits - 1;
   const int two = lane + 32 < splits ? lane + 32 : splits - 1;
   const float sum1 = sums[first + static_cast<size_t>(one) * rows];
   const float sum2 = sums[first + static_cast<size_t>(two) * rows];
   const float max1 = maxima[first + static_cast<size_t>(one) * rows];
   const float max2 = maxima[first + static_cast<size_t>(two) * rows];
+  Four held[MOST];
+  UNROLL
+  for (int i = 0; i < MOST; ++i) {
+    const int s = i * SHARES + share;
+    if (s < splits) {
+      held[i] = load_four(partial + (first + static_cast<size_t>(s) * rows) * D + d);
+    }
+  }
   float top = @SINK@;
   top = max1 > top ? max1 : top;
   top = max2 > top ? max2 : top;
@@ -278,21 +294,36 @@ _COMBINE = """
     total += simd_shuffle_xor(total, bit);
   }
   total += @SINK_WEIGHT@;
-  if (simdgroup_index_in_threadgroup == 0) {
+  if (thread_id < 32) {
     weights[lane] = weight1;
     weights[lane + 32] = weight2;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  float out = 0.0f;
-  UNROLL_8
-  for (int s = 0; s < splits; ++s) {
-    const size_t at = first + static_cast<size_t>(s) * rows;
-    const float weight = weights[s];
-    const float value = partial[at * D + d];
-    out += weight != 0.0f ? weight * value : 0.0f;
+  float out[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  UNROLL
+  for (int i = 0; i < MOST; ++i) {
+    const float weight = weights[i * SHARES + share];
+    if (weight != 0.0f) {  // what weighs nothing may never have been written
+      UNROLL
+      for (int e = 0; e < 4; ++e) {
+        out[e] += weight * held[i].x[e];
+      }
+    }
   }
-  const size_t to = (static_cast<size_t>(pair / Hkv) * queries + row % queries) * Hq + head;
-  y[to * D + d] = static_cast<QT>(total != 0.0f ? out / total : 0.0f);
+  UNROLL
+  for (int e = 0; e < 4; ++e) {
+    shares[share * D + d + e] = out[e];
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  if (thread_id < D) {
+    float sum = 0.0f;
+    UNROLL
+    for (int i = 0; i < SHARES; ++i) {
+      sum += shares[i * D + thread_id];
+    }
+    const size_t to = (static_cast<size_t>(pair / Hkv) * queries + row % queries) * Hq + head;
+    y[to * D + thread_id] = static_cast<QT>(total != 0.0f ? sum / total : 0.0f);
+  }
 """
 
 
@@ -354,4 +385,5 @@ class Combine:
         """The body, as handed to MLX for either backend."""
         sink = "static_cast<float>(sinks[head])" if self.sinks else "LOWEST"
         weight = "natural_exp(static_cast<float>(sinks[head]) - top)" if self.sinks else "0.0f"
-        return _COMBINE.replace("@SINK@", sink).replace("@SINK_WEIGHT@", weight)
+        body = _COMBINE.replace("@SIMDS@", str(COMBINE_SIMDS))
+        return body.replace("@SINK@", sink).replace("@SINK_WEIGHT@", weight)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import attrs
 import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import KVCache, make_prompt_cache
@@ -13,7 +14,7 @@ from draftloom.adapters.verify_attention import VerifyAttention
 from draftloom.caches.fixed_length import FixedLengthEntry
 from draftloom.kernels import verify_attention
 from draftloom.kernels.verify_attention import cuda, metal
-from draftloom.kernels.verify_attention.launch import Geometry, Launcher
+from draftloom.kernels.verify_attention.launch import Geometry, Launcher, tensor_geometry_for
 from tests.support import models, pipelines
 from tests.support.attention_cases import CASES, TOLERANCE, Case, error, poisoned, truth
 
@@ -78,6 +79,20 @@ def test_every_geometry(launcher: Launcher, geometry: Geometry) -> None:
     if geometry.threadgroup_bytes(128, 2) > launcher.backend.memory:
         pytest.skip("more threadgroup memory than there is")
     case = Case(mx.bfloat16, (12, 4), 13, (1333,), 1536, 128)
+    other = Launcher(launcher.backend, geometry, poison=float("nan"))
+    assert error(run(other, case), truth(case)) < TOLERANCE[case.dtype]
+
+
+@pytest.mark.parametrize("size", [64, 128, 256])
+@pytest.mark.parametrize("queries", [1, 4, 8, 16])
+@pytest.mark.parametrize("groups", [1, 16])
+def test_long_parts_on_tensor_cores(
+    launcher: Launcher, size: int, queries: int, groups: int
+) -> None:
+    if launcher.backend.name != "cuda":
+        pytest.skip("tensor cores are CUDA's")
+    case = Case(mx.bfloat16, (12, 4), queries, (3333,), 4096, size)
+    geometry = attrs.evolve(tensor_geometry_for(3 * queries, size), groups=groups)
     other = Launcher(launcher.backend, geometry, poison=float("nan"))
     assert error(run(other, case), truth(case)) < TOLERANCE[case.dtype]
 

@@ -23,16 +23,23 @@ from draftloom.kernels.verify_attention.launch import (
     SIZES,
     Geometry,
     Launcher,
+    chosen_geometry,
     geometry_for,
+    tensor_geometry_for,
     valid_lengths,
 )
 from draftloom.kernels.verify_attention.prelude import (
-    CUDA_FRAGMENTS,
-    CUDA_MMA,
+    CUDA_FUNCTIONS,
     CUDA_PRELUDE,
     METAL_PRELUDE,
 )
 from draftloom.kernels.verify_attention.source import Combine, Partial
+from draftloom.kernels.verify_attention.tensor import (
+    CUDA_INSTRUCTIONS,
+    CUDA_MMA,
+    CUDA_TENSOR,
+    TensorPartial,
+)
 from tests.parity.metal_shim import emulator
 from tests.support.attention_cases import CASES, TOLERANCE, Case, error, poisoned, truth
 
@@ -58,7 +65,7 @@ def some_slow(cases: Sequence[Case], *slow: int) -> list[Any]:
 def launcher_for(name: str, folder: Path, geometry: Geometry | None = None) -> Launcher:
     """The package's own launcher on the emulator; outputs start NaN."""
     memory = {"metal": metal, "cuda": cuda}[name].BACKEND.memory
-    prelude = METAL_PRELUDE if name == "metal" else WORDS + CUDA_FRAGMENTS
+    prelude = METAL_PRELUDE if name == "metal" else WORDS + CUDA_FUNCTIONS + CUDA_TENSOR
     backend = Backend(name, emulator.Emulator(folder, memory), prelude, memory)
     return Launcher(backend, geometry, poison=float("nan"))
 
@@ -88,9 +95,9 @@ def test_against_the_reference_with_nan_past_the_valid_keys(launcher: Launcher, 
 @pytest.mark.parametrize("case", some_slow([CASES[i] for i in (3, 4, 5, 7)], 1, 3))
 def test_one_part_of_many_tiles(folder: Path, name: str, case: Case) -> None:
     """A few keys are cut into parts of one tile; long contexts are not."""
-    item, memory = case.dtype.size, launcher_for(name, folder).backend.memory
+    backend = launcher_for(name, folder).backend
     rows = case.heads[0] // case.heads[1] * case.queries
-    geometry = attrs.evolve(geometry_for(rows, case.size, item, memory), groups=1)
+    geometry = attrs.evolve(chosen_geometry(backend, case.dtype, rows, case.size), groups=1)
     found = run(launcher_for(name, folder, geometry), case)
     assert error(found, truth(case)) < TOLERANCE[case.dtype]
 
@@ -132,6 +139,40 @@ def test_a_query_that_sees_nothing_gives_zeros(launcher: Launcher) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        Geometry(16, 32, 2, tensor=True),
+        Geometry(32, 64, 4, groups=1, tensor=True),
+        Geometry(64, 96, 8, groups=2, tensor=True, least=2),
+    ],
+    ids=lambda g: f"rows{g.rows}-keys{g.keys}-groups{g.groups}",
+)
+def test_every_geometry_on_tensor_cores(folder: Path, geometry: Geometry) -> None:
+    case = Case(mx.bfloat16, (3, 1), 11, (133,), 160, 64)
+    found = run(launcher_for("cuda", folder, geometry), case)
+    assert error(found, truth(case)) < TOLERANCE[mx.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_float32_and_metal_keep_the_body_without_tensor_cores(dtype: mx.Dtype) -> None:
+    sent: list[str] = []
+
+    def build(**arguments: str) -> Any:
+        sent.append(arguments["name"])
+        return lambda **launch: [
+            mx.zeros(shape, dtype)
+            for shape, dtype in zip(launch["output_shapes"], launch["output_dtypes"], strict=True)
+        ]
+
+    for name in ("metal", "cuda"):
+        for own in (dtype, mx.float32):
+            x = mx.zeros((1, 1, 40, 64), own)
+            Launcher(Backend(name, build, "")).attend(x[:, :, :2], x, x, 40, scale=1.0)
+    assert ["tensor" in name for name in sent[::2]] == [False, False, True, False]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["metal", "cuda"])
 @pytest.mark.parametrize(
     "geometry",
@@ -142,6 +183,19 @@ def test_every_geometry(folder: Path, name: str, geometry: Geometry) -> None:
     case = Case(mx.bfloat16, (3, 1), 11, (133,), 160, 64)
     found = run(launcher_for(name, folder, geometry), case)
     assert error(found, truth(case)) < TOLERANCE[mx.bfloat16]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_geometry_on_tensor_cores_fits_memory_and_sizes(size: int) -> None:
+    for rows in (1, 16, 17, 33, 64, 65, 256):
+        chosen = tensor_geometry_for(rows, size)
+        assert chosen.tensor
+        assert chosen.threadgroup_bytes(size, 2) <= cuda.BACKEND.memory
+        assert chosen.simds * 8 == chosen.rows >= min(rows, 64)
+        assert chosen.keys % 32 == 0
+        half = 32 * chosen.simds // 2
+        assert half % (size // 8) == 0 or (size // 8) % half == 0
+        assert chosen.keys // 2 * (size // 8) % half == 0
 
 
 @pytest.mark.parametrize("backend", [metal.BACKEND, cuda.BACKEND], ids=lambda b: b.name)
@@ -159,7 +213,7 @@ def test_the_chosen_geometry_fits_memory_and_sizes(size: int, item: int, backend
 
 
 def test_the_keys_are_split_for_a_whole_device() -> None:
-    chosen = geometry_for(64, 256, 2, cuda.BACKEND.memory)
+    chosen = tensor_geometry_for(64, 256)
     assert chosen.splits(4, 64) == 33  # 132 threadgroups
     assert chosen.splits(4, 128) == 16  # two of them for every part of the keys
     assert chosen.splits(1, 64) == 64
@@ -169,10 +223,12 @@ def test_the_keys_are_split_for_a_whole_device() -> None:
 def test_the_emulated_sources_are_the_ones_that_are_sent() -> None:
     assert metal.BACKEND.prelude == METAL_PRELUDE
     assert metal.BACKEND.build is mx.fast.metal_kernel
-    assert cuda.BACKEND.prelude == CUDA_PRELUDE == CUDA_BUILTINS + CUDA_MMA + CUDA_FRAGMENTS
+    assert cuda.BACKEND.prelude == CUDA_PRELUDE
+    told = CUDA_BUILTINS + CUDA_MMA + CUDA_INSTRUCTIONS
+    assert told + CUDA_FUNCTIONS + CUDA_TENSOR == CUDA_PRELUDE
     assert cuda.BACKEND.build is cuda_kernel
-    assert CUDA_MMA.count("asm volatile") == 2
-    assert "asm" not in CUDA_FRAGMENTS
+    assert (CUDA_MMA + CUDA_INSTRUCTIONS).count("asm") == 8
+    assert "asm" not in CUDA_FUNCTIONS + CUDA_TENSOR + TensorPartial(1.0).source
     sent: dict[str, str] = {}
 
     def build(**arguments: str) -> object:
@@ -182,7 +238,8 @@ def test_the_emulated_sources_are_the_ones_that_are_sent() -> None:
     Backend("metal", build, METAL_PRELUDE).kernel(Partial(0.125), (mx.float32,), ())
     assert (sent["header"], sent["source"]) == (METAL_PRELUDE, Partial(0.125).source)
     assert "1.250000000e-01f" in sent["source"]
-    assert "@" not in Partial(0.1).source + Combine(True).source + Combine().source
+    bodies = [Partial(0.1), TensorPartial(0.1), Combine(True), Combine()]
+    assert not any("@" in body.source for body in bodies)
 
 
 def test_the_source_uses_only_builtins_that_mlx_lm_uses() -> None:

@@ -3,6 +3,7 @@
 #define __device__
 #define __forceinline__ inline
 #define UNROLL
+#define ONE_BY_ONE
 
 struct float2 {
   float x, y;
@@ -10,7 +11,11 @@ struct float2 {
 struct alignas(16) uint4 {
   uint x, y, z, w;
 };
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 namespace shim {
 
@@ -61,3 +66,63 @@ inline void mma_16x8x16(float* c, const uint* a, uint b0, uint b1) {
     c[e] += sum;
   }
 }
+
+// PTX ISA, "ldmatrix", .x4.trans: lane l names row l % 8 of matrix l / 8; register r of lane l gets, of matrix r,
+// rows 2 (l % 4) and the next, column l / 4.
+inline void load_transposed(uint* x, const void* row) {
+  const uint me = shim::machine.now->index;
+  auto& mine = shim::fragments[shim::machine.now->simd_ops & 1][me];
+  memcpy(mine.a, row, sizeof(mine.a));
+  const int side = shim::meet(0.0f, -4);
+  const auto* all = shim::fragments[side] + me / 32 * 32;
+  const uint column = me % 32 / 4;
+  for (uint r = 0; r < 4; ++r) {
+    x[r] = 0;
+    for (uint e = 0; e < 2; ++e) {
+      const uint pair = all[8 * r + 2 * (me % 4) + e].a[column / 2];
+      x[r] |= (pair >> (16 * (column % 2)) & 0xffffu) << (16 * e);
+    }
+  }
+}
+
+namespace shim {
+
+// A copy that is on its way: where it goes is NaN until it is waited for.
+struct Copy {
+  char* to;
+  char bytes[16];
+};
+inline std::vector<std::vector<Copy>> copies[1024];
+
+inline std::vector<std::vector<Copy>>& own_copies() {
+  auto& own = copies[machine.now->index];
+  if (own.empty()) own.emplace_back();
+  return own;
+}
+
+}  // namespace shim
+
+inline void copy_16(void* to, const void* from, bool some) {
+  shim::Copy copy{static_cast<char*>(to), {}};
+  if (reinterpret_cast<size_t>(to) % 16 || (some && reinterpret_cast<size_t>(from) % 16)) {
+    shim::machine.error = "a copy of 16 bytes that is not aligned";
+    return;
+  }
+  if (some) memcpy(copy.bytes, from, 16);
+  memset(to, 0xff, 16);
+  shim::own_copies().back().push_back(copy);
+}
+inline void end_of_fetch() {
+  shim::own_copies().emplace_back();
+}
+template <int LEFT>
+inline void wait_for_fetches() {
+  auto& own = shim::own_copies();  // the last of them is not ended yet
+  while (own.size() > LEFT + 1) {
+    for (const auto& copy : own.front()) memcpy(copy.to, copy.bytes, 16);
+    own.erase(own.begin());
+  }
+}
+template <int THREADS>
+inline void barrier_of(int) { threadgroup_barrier(mem_flags::mem_threadgroup); }
+inline float power_of_two(float x) { return std::exp2(x); }
