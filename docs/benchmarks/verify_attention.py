@@ -33,9 +33,8 @@ from draftloom.kernels.backend import Backend
 from draftloom.kernels.verify_attention import cuda, metal, reference
 from draftloom.kernels.verify_attention.launch import (
     SIZES,
-    Geometry,
     Launcher,
-    geometry_for,
+    chosen_geometry,
     valid_lengths,
 )
 from draftloom.versions import version_of
@@ -285,12 +284,14 @@ def geometries(
 ) -> Iterator[tuple[str, dict]]:
     """The kernel in every geometry that fits, at every length: (geometry, microseconds)."""
     rows = shape.heads // shape.key_heads * shape.queries
-    chosen = geometry_for(rows, shape.size, shape.dtype.size, backend.memory)
+    chosen = chosen_geometry(backend, shape.dtype, rows, shape.size)
     print(f"chosen: {chosen}", flush=True)
     for keys, simds, groups in product((16, 32, 64), (2, 4, 8), (66, 132, 264)):
-        tried = Geometry(chosen.rows, keys, simds, groups)
+        tried = attrs.evolve(chosen, keys=keys, simds=simds, groups=groups)
         sharing = simds * 16 // chosen.rows
         if not sharing or keys // 8 % sharing or simds * 16 % chosen.rows:
+            continue
+        if chosen.tensor and (keys % 32 or simds != chosen.simds):
             continue
         if tried.threadgroup_bytes(shape.size, shape.dtype.size) > backend.memory:
             continue
