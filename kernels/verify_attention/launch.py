@@ -280,12 +280,13 @@ def valid_lengths(lengths: int | mx.array, rows: int) -> mx.array:
     All layers of a pass see the same length: make it once and hand it to all of them.
 
     Args:
-        lengths: one number, or an int32 array of at least ``rows`` entries.
+        lengths: one number, which may be an int32 array without axes, or an int32 array of at
+            least ``rows`` entries.
         rows: B.
 
     Returns:
         [max(B, 4)] int32; entries past B mean nothing.
     """
-    if not isinstance(lengths, mx.array):
+    if not isinstance(lengths, mx.array) or not lengths.ndim:
         return mx.full((row_entries(rows),), lengths, dtype=mx.int32)
     return per_row(lengths, rows)
