@@ -200,7 +200,7 @@ class _Recorded:
     def _joined(self) -> list[mx.array]:
         """Inputs [B, W + T, C] of each convolution, over passes that ran one after the other."""
         first, *rest = self.entry.windows
-        sizes = [slot.shape[1] for slot in self.entry.slots]
+        sizes = [slot.shape[1] for slot in self.entry.slots[: len(first)]]
         parts = [[x, *(later[i][:, sizes[i] :] for later in rest)] for i, x in enumerate(first)]
         return [mx.concatenate(part, axis=1) for part in parts]
 
@@ -224,7 +224,8 @@ class _Recorded:
         """
         tape = gated_delta.concat_tapes(self.entry.tapes)
         deferred = Deferred(before, tape, _count(num_accepted), self._delta_replay)
-        return DeferredSlots(self._windows(num_accepted), deferred)
+        late = partial(self._windows, num_accepted)
+        return DeferredSlots(self.entry.windows[0], deferred, late)
 
 
 def _agreed(num_accepted: Sequence[int]) -> int | None:

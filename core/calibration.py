@@ -98,7 +98,8 @@ class CycleTimer:
         if not self._parts.drafter.info.default_width:
             return None
         widths = list(dict.fromkeys(w if most is None else min(w, most) for w in WIDTHS))
-        if isinstance(target, Traces) and target.traces:
+        traces = isinstance(target, Traces) and target.traces
+        if traces:
             widths = self._warm_up(widths)
         began = time.perf_counter()
         plain = self.cycle_seconds(0, PLAIN_CYCLES)
@@ -119,7 +120,7 @@ class CycleTimer:
             full = self.cycle_seconds(least, CYCLES, draft=most)
             slots = None if full is None else full - points[least]
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        return CycleCosts(plain, tuple(sorted(points.items())), slots, stamp)
+        return CycleCosts(plain, tuple(sorted(points.items())), slots, stamp, alone=traces)
 
     def _warm_up(self, widths: list[int]) -> list[int]:
         """Run cycles of some widths, so that what they trace and compile is there when they are

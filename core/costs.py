@@ -19,12 +19,21 @@ class CycleCosts:
         slots: what it takes besides to draft all the tokens that the drafter can, and verify as
             few as the first of `widths`; None where the drafter has no most, or it is that.
         measured: when, as ISO date and time in UTC.
+        alone: whether only the numbers of `widths` are worth choosing, since a cycle of any other
+            would have to be traced first.
     """
 
     plain: float
     widths: tuple[tuple[int, float], ...]
     slots: float | None = None
     measured: str = ""
+    alone: bool = False
+
+    def choices(self, most: int) -> list[int]:
+        """Numbers of draft tokens, 1 to `most`, that are worth choosing."""
+        if not self.alone:
+            return list(range(1, most + 1))
+        return [width for width, _ in self.widths if width <= most] or [most]
 
     def at(self, width: int) -> float:
         """Seconds at a width >= 1: on lines between what was measured, and past it."""
@@ -44,6 +53,7 @@ class CycleCosts:
             "widths": [list(point) for point in self.widths],
             "slots": self.slots,
             "measured": self.measured,
+            "alone": self.alone,
         }
 
     @classmethod
@@ -56,7 +66,8 @@ class CycleCosts:
         try:
             widths = tuple((int(w), float(s)) for w, s in data["widths"])
             slots = None if data["slots"] is None else float(data["slots"])
-            costs = cls(float(data["plain"]), widths, slots, str(data["measured"]))
+            stamp, alone = str(data["measured"]), bool(data["alone"])
+            costs = cls(float(data["plain"]), widths, slots, stamp, alone)
         except (KeyError, TypeError) as error:
             raise ValueError(f"no costs: {error}") from error
         rising = [w for w, _ in widths] == sorted({w for w, _ in widths})

@@ -49,38 +49,55 @@ class DeferredSlots(list[Any]):
     Args:
         slots: the slots before the state; all of them where nothing is deferred.
         deferred: how the state comes about.
+        late: gives the slots before the state at the first look at them; `slots` then says how
+            many there are.
 
     Attributes:
         deferred: as above; None once the state was written.
     """
 
-    def __init__(self, slots: Iterable[Any] = (), deferred: Deferred | None = None) -> None:
+    def __init__(
+        self,
+        slots: Iterable[Any] = (),
+        deferred: Deferred | None = None,
+        late: Callable[[], list[Any]] | None = None,
+    ) -> None:
         super().__init__(slots)
         self.deferred = deferred
+        self._late = late
         if deferred is not None:
             super().append(None)
 
     @property
     def windows(self) -> list[Any]:
         """The slots before the state."""
+        self._arrive()
         return super().__getitem__(slice(len(self) - 1))
+
+    def _arrive(self) -> None:
+        late, self._late = self._late, None
+        if late is not None:
+            super().__setitem__(slice(len(self) - 1), late())
 
     def _look(self) -> None:
         if self.deferred is not None and super().__getitem__(-1) is None:
             super().__setitem__(-1, self.deferred.result())
 
     def __getitem__(self, index: Any) -> Any:
+        self._arrive()
         if not isinstance(index, int) or index in (-1, len(self) - 1):
             self._look()
         return super().__getitem__(index)
 
     def __setitem__(self, index: Any, value: Any) -> None:
+        self._arrive()
         if not isinstance(index, int) or index in (-1, len(self) - 1):
             self._look()
             self.deferred = None
         super().__setitem__(index, value)
 
     def __iter__(self) -> Iterator[Any]:
+        self._arrive()
         self._look()
         return super().__iter__()
 

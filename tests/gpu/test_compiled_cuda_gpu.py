@@ -76,7 +76,10 @@ def test_verify_attention_gives_the_same_bits(case: attention_checks.Case) -> No
     assert same(*found)
 
 
-@pytest.mark.parametrize("case", few_rows_checks.CASES, ids=str)
+SERVED = [case for case in few_rows_checks.CASES if case.outputs % 16 == case.size % 32 == 0]
+
+
+@pytest.mark.parametrize("case", SERVED, ids=str)
 def test_few_rows_give_the_same_bits(case: few_rows_checks.Case) -> None:
     x, weight = case.arrays()
     backend = few_rows.cuda.BACKEND

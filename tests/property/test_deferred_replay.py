@@ -158,7 +158,8 @@ def test_a_replay_that_nobody_looks_at_is_not_even_built(monkeypatch: pytest.Mon
     assert built == [2], "looked at more than once, made once"
 
 
-def test_deferred_slots_are_a_list_to_whoever_looks() -> None:
+@pytest.mark.parametrize("late", [False, True], ids=["there", "late"])
+def test_deferred_slots_are_a_list_to_whoever_looks(late: bool) -> None:
     made: list[int] = []
 
     def replay(state: mx.array, tape: Any, count: Any) -> mx.array:
@@ -167,7 +168,10 @@ def test_deferred_slots_are_a_list_to_whoever_looks() -> None:
 
     def slots() -> DeferredSlots:
         made.clear()
-        return DeferredSlots([mx.array([1.0])], Deferred(mx.array([2.0]), None, 3, replay))
+        deferred = Deferred(mx.array([2.0]), None, 3, replay)
+        if late:
+            return DeferredSlots([mx.array([9.0])], deferred, lambda: [mx.array([1.0])])
+        return DeferredSlots([mx.array([1.0])], deferred)
 
     def numbers(found: list[Any]) -> list[Any]:
         return [value.item() for value in found]

@@ -54,6 +54,15 @@ def test_they_are_read_as_they_were_written() -> None:
     assert CycleCosts.of(json.loads(json.dumps(COSTS.as_data()))) == COSTS
 
 
+def test_where_passes_are_traced_only_what_was_measured_is_chosen() -> None:
+    traced = CycleCosts(0.02, ((4, 0.025), (15, 0.027)), alone=True)
+    assert CycleCosts.of(traced.as_data()) == traced
+    assert COSTS.choices(3) == [1, 2, 3]
+    assert traced.choices(15) == [4, 15]
+    assert traced.choices(8) == [4]
+    assert traced.choices(3) == [3], "the end of a text: better than nothing"
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -243,6 +252,29 @@ def test_costs_that_have_changed_are_followed() -> None:
     run = Machine(0.016, 0.100, 0.001, 0.5)
     run.run(policy, 400)
     assert run.widths[-50:].count(0) >= 45
+
+
+def test_a_traced_width_is_not_given_up_for_the_cycles_that_trace_it() -> None:
+    """Its first two cycles take 40 ms each; then it pays. Between measured widths nothing is
+    chosen, whatever a line says of them."""
+    policy = AdaptiveWidth()
+    policy.take_costs(CycleCosts(0.0018, ((15, 0.0051),), alone=True))
+    chosen = []
+    for cycle in range(60):
+        chosen.append(policy.choose(15).verify)
+        policy.observe(chosen[-1], chosen[-1], 5, 0.04 if cycle < 2 else 0.0051)
+    assert chosen == [15] * 60
+
+
+def test_a_width_that_takes_far_longer_for_good_is_given_up() -> None:
+    policy = AdaptiveWidth()
+    policy.take_costs(CycleCosts(0.0018, ((15, 0.0051),), alone=True))
+    chosen = []
+    for _ in range(60):
+        chosen.append(policy.choose(15).verify)
+        policy.observe(chosen[-1], chosen[-1], 5, 0.04 if chosen[-1] else 0.0018)
+    assert chosen[0] == 15
+    assert chosen.count(15) < 12
 
 
 def test_all_slots_are_filled_where_they_cost_nothing() -> None:

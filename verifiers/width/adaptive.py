@@ -28,6 +28,8 @@ FREE = 0.03
 """Share of a cycle that drafting more than is verified may cost."""
 HOPELESS = 10
 """So many times rarer a drafter is asked where even a perfect one could not pay."""
+STALL, STALLS = 3, 3
+"""A cycle that takes so many times longer than expected says nothing, so many times in a row."""
 MARGIN = 1.02
 """Speculation must promise this much more than plain decoding."""
 
@@ -73,18 +75,25 @@ class _Line:
 
 @attrs.define
 class _Scale:
-    """How much longer cycles take now than they were measured to take: a fading mean.
+    """How much longer cycles take now than they were measured to take: a fading mean. A few cycles
+    in a row that take far longer are none: they are traced, or the machine stalls.
 
     Attributes:
         decay: weight that a cycle keeps with each one after it.
+        stalls: cycles in a row that were left out.
     """
 
     decay: float
     weight: float = 1.0
     total: float = 1.0
+    stalls: int = 0
 
     def add(self, expected: float, seconds: float) -> None:
-        ratio = min(seconds / expected, 3 * self.value)  # one stall of the machine is no price
+        ratio = seconds / expected
+        if ratio > STALL * self.value and self.stalls < STALLS:
+            self.stalls += 1
+            return
+        self.stalls, ratio = 0, min(ratio, STALL * self.value)
         self.weight = self.weight * self.decay + 1
         self.total = self.total * self.decay + ratio
 
@@ -234,19 +243,24 @@ class AdaptiveWidth:
 
     def _best(self, most: int) -> tuple[int, float]:
         """The width in 1..most with the most expected tokens a second, and that rate."""
-        best, best_rate, survives, tokens = 1, 0.0, 1.0, 1.0
+        choices = self._choices(most)
+        best, best_rate, survives, tokens = choices[0], 0.0, 1.0, 1.0
         for width in range(1, most + 1):
             survives *= self.acceptance(width - 1)
             tokens += survives
+            if width not in choices:
+                continue
             rate = tokens / (self._seconds(width) or float("inf"))
             if rate > best_rate:
                 best, best_rate = width, rate
         return best, best_rate
 
+    def _choices(self, most: int) -> list[int]:
+        return list(range(1, most + 1)) if self._costs is None else self._costs.choices(most)
+
     def _could_pay(self, most: int, plain: float) -> bool:
         """Whether any width would pay if every draft token were accepted."""
-        seconds = [self._seconds(width) or 0.0 for width in range(1, most + 1)]
-        return any((i + 2) * plain > taken for i, taken in enumerate(seconds))
+        return any((w + 1) * plain > (self._seconds(w) or 0.0) for w in self._choices(most))
 
     def _width(self, verify: int, most: int) -> Width:
         """All slots where they cost next to nothing: the first of many are better than few."""
