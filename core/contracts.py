@@ -308,11 +308,20 @@ class Draft:
         return positions < self.lengths[:, None]
 
     @property
-    def offered(self) -> mx.array:
-        """[B] int32: how many tokens of each row the drafter stands by, 0..K."""
-        if self.lengths is None:
-            return mx.full((self.tokens.shape[0],), self.width, dtype=mx.int32)
-        return mx.clip(self.lengths, 0, self.width).astype(mx.int32)
+    def said(self) -> list[mx.array]:
+        """What the host has to read of a draft besides its tokens, [B] each: whether it is healthy,
+        and how many tokens the drafter stands by, where it says so."""
+        if not self.width:
+            return []
+        return [a for a in (self.healthy, self.lengths) if a is not None]
+
+    def read(self, said: Sequence[int]) -> tuple[bool, int]:
+        """What a row of `said` means: healthy or not, and how many tokens the drafter stands by,
+        0..K."""
+        left = list(said)
+        healthy = self.healthy is None or not left or left.pop(0) != 0
+        offered = left.pop(0) if left else self.width
+        return healthy, min(max(offered, 0), self.width)
 
     def first(self, width: int) -> Draft:
         """The first `width` tokens of this draft, with their law."""

@@ -132,22 +132,28 @@ class GuardedDrafter:
         using a bad one is harmless."""
         if not draft.width:
             return draft
-        checks = [] if draft.healthy is None else [draft.healthy.astype(mx.bool_)]
-        ids = [draft.tokens] if draft.candidates is None else [draft.tokens, draft.candidates]
-        inside = [(i >= 0) & (i < self._vocab_size) for i in ids]
-        checks += [flags.reshape(1, -1).all(axis=1) for flags in inside]
+        tokens, healthy = self._clip(draft.tokens)
+        candidates = draft.candidates
+        if candidates is not None:
+            candidates, inside = self._clip(candidates)
+            healthy = healthy & inside
         if draft.probs is not None:
-            checks.append(mx.isfinite(draft.probs).reshape(1, -1).all(axis=1))
+            healthy = healthy & mx.isfinite(draft.probs).reshape(1, -1).all(axis=1)
+        if draft.healthy is not None:
+            healthy = healthy & draft.healthy.astype(mx.bool_)
         return attrs.evolve(
             draft,
             source=draft.source or self._drafter.info.name,
-            tokens=self._clip(draft.tokens),
-            candidates=None if draft.candidates is None else self._clip(draft.candidates),
-            healthy=mx.stack(checks).all(axis=0),
+            tokens=tokens,
+            candidates=candidates,
+            healthy=healthy,
         )
 
-    def _clip(self, ids: mx.array) -> mx.array:
-        return mx.clip(ids, 0, self._vocab_size - 1).astype(mx.int32)
+    def _clip(self, ids: mx.array) -> tuple[mx.array, mx.array]:
+        """Ids inside the vocabulary, int32, and whether all were, [1]. (Every operation is a launch
+        on a GPU, and this is done in every cycle.)"""
+        clipped = mx.clip(ids, 0, self._vocab_size - 1)
+        return clipped.astype(mx.int32), (clipped == ids).reshape(1, -1).all(axis=1)
 
 
 def propose_first(

@@ -423,10 +423,9 @@ class Engine:
     ) -> tuple[Outcome, mx.array]:
         """The one blocking read of a cycle: counts, next token, health and tokens at once."""
         width, dead, scores = draft.width, self._processing.dead, []
-        columns = [num_accepted.astype(mx.int32)[:, None], next_token.astype(mx.int32)[:, None]]
+        numbers = [num_accepted, next_token, *draft.said]
+        columns = [number.astype(mx.int32)[:, None] for number in numbers]
         if width:
-            healthy = mx.array([True]) if draft.healthy is None else draft.healthy
-            columns += [healthy.astype(mx.int32)[:, None], draft.offered[:, None]]
             columns.append(draft.tokens.astype(mx.int32))
         if dead is not None:
             columns.append(dead.astype(mx.int32)[None])
@@ -438,8 +437,10 @@ class Engine:
         if scores:
             mx.eval(packed, *scores)
         row: list[int] = packed.tolist()[0]  # type: ignore
-        accepted, following, drafted = row[0], row[1], tuple(row[4 : 4 + width])
-        if width and not row[2]:
+        accepted, following, *said = row[: len(numbers)]
+        drafted = tuple(row[len(numbers) : len(numbers) + width])
+        healthy, offered = draft.read(said)
+        if not healthy:
             raise UnusableDraftError("numbers that are not finite, or ids outside the vocabulary")
         if not 0 <= accepted <= width or not 0 <= following < self._vocab_size:
             raise GenerationError(
@@ -447,7 +448,7 @@ class Engine:
                 f"{accepted} of {width} and next token {following}"
             )
         outcome = self._decide(accepted, (*drafted[:accepted], following))
-        outcome = attrs.evolve(outcome, offered=max(accepted, row[3]) if width else 0)
+        outcome = attrs.evolve(outcome, offered=max(accepted, offered))
         blocked = () if dead is None else [flag != 0 for flag in row[-width - 1 :]]
         self._processing.check_used(len(outcome.tokens), blocked)
         if self._scores is not None:

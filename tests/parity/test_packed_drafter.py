@@ -219,8 +219,8 @@ def test_the_first_of_many_slots_are_those_of_all(
                 found.append(session.propose(anchor, width, state).first(count))
         whole, part = found
         assert whole.tokens.tolist() == part.tokens.tolist()
-        assert (whole.law, whole.filled, whole.offered.tolist()) == (
-            part.law, part.filled, part.offered.tolist()
+        assert (whole.law, whole.filled, whole.width) == (
+            part.law, part.filled, part.width
         )  # fmt: skip
         for one, other in ((whole.probs, part.probs), (whole.candidates, part.candidates)):
             assert (one is None) == (other is None)
