@@ -28,6 +28,8 @@ BYTES_EACH = 4 * 2**30
 """Memory of the device for each process: a context on CUDA takes about half a GiB of it."""
 PATIENCE = 60.0
 """Seconds after which a check is taken to hang."""
+GRACE = 6.0
+"""Seconds that checks in flight are given when no further one is begun."""
 WORKER = (sys.executable, "-m", "draftloom.apps.self_test_worker")
 
 
@@ -77,6 +79,7 @@ def run_side_by_side(
     *,
     worker: Sequence[str] = WORKER,
     patience: float = PATIENCE,
+    grace: float = GRACE,
 ) -> list[Ran]:
     """Run checks, in order as processes come free.
 
@@ -86,7 +89,9 @@ def run_side_by_side(
         until: when, by `time.perf_counter`, no further check is begun.
         progress: told what runs next; by one thread at a time.
         worker: the command of a process; see `draftloom.apps.self_test_worker`.
-        patience: seconds after which a check's process is killed.
+        patience: seconds after which a check's process is killed, and the check has failed.
+        grace: seconds after `until` at which it is killed in any case, and the check left out: it
+            may have waited for compilers alone, and what they made is kept for the next self-test.
 
     Returns:
         One for each item.
@@ -106,7 +111,7 @@ def run_side_by_side(
                     late = time.perf_counter() >= until
                     if not late:
                         progress(f"{item.kernel}: {item.check.name}")
-                results[place] = _left_out(item) if late else process.run(item)
+                results[place] = _left_out(item) if late else process.run(item, until + grace)
         finally:
             process.end()
 
@@ -125,9 +130,10 @@ class _Process:
         self._command, self._patience = command, patience
         self._process: subprocess.Popen[str] | None = None
 
-    def run(self, item: Item) -> Ran | None:
-        """None where the process does not know the kernel."""
+    def run(self, item: Item, end: float) -> Ran | None:
+        """None where the process does not know the kernel. It is left out where it runs at `end`."""
         begin = time.perf_counter()
+        allowed = min(self._patience, max(end - begin, 0.0))
         if self._process is None:
             self._process = subprocess.Popen(
                 self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8"
@@ -135,7 +141,7 @@ class _Process:
         process = self._process
         assert process.stdin is not None
         assert process.stdout is not None
-        timer = threading.Timer(self._patience, process.kill)
+        timer = threading.Timer(allowed, process.kill)
         timer.start()
         try:
             print(json.dumps({"kernel": item.kernel, "check": item.index}), file=process.stdin)
@@ -151,6 +157,8 @@ class _Process:
             failure = f"its process ended with status {process.returncode}"
             if seconds >= self._patience:
                 failure = f"did not end within {self._patience:.0f} s"
+            elif seconds >= allowed:
+                return _left_out(item)
             return Ran(CheckResult(item.check.name, None, None, failure), seconds)
         return _ran(item, json.loads(line))
 

@@ -54,7 +54,8 @@ def _lines(found: SelfTest, versions: dict[str, str]) -> list[str]:
     late = [one.kernel for one in found.tested if one.left_out]
     if late:
         lines.append(
-            f"not wholly run, for want of time: {', '.join(late)}; those stay as they were"
+            f"not wholly run, for want of time: {', '.join(late)}; those stay as they were. "
+            "What was compiled is kept: run it again"
         )
     if failed:
         lines.append(f"FAILED: {', '.join(failed)}; turned off on this device")

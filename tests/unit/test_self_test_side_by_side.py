@@ -12,6 +12,7 @@ import pytest
 
 from draftloom.apps import self_test_side_by_side as side_by_side
 from draftloom.apps.self_test import run_self_test
+from draftloom.apps.self_test_report import NO_TIME
 from draftloom.apps.self_test_side_by_side import Item, in_turns, run_side_by_side
 from draftloom.kernels.check import Check
 
@@ -74,6 +75,16 @@ def test_a_check_that_does_not_end_is_given_up() -> None:
     (found,) = run_side_by_side(items(1), 4, LATE, worker=worker, patience=1.0)
     assert found.result.failure == "did not end within 1 s"
     assert not found.result.passed
+
+
+def test_what_runs_when_the_time_is_over_is_left_out() -> None:
+    """It may have waited for a compiler: that is no failure."""
+    worker = (sys.executable, "-c", "import time; time.sleep(60)")
+    begin = time.perf_counter()
+    (found,) = run_side_by_side(items(1), 4, begin + 0.5, worker=worker, grace=0.5)
+    assert time.perf_counter() - begin < 30
+    assert found.result.left_out == NO_TIME
+    assert not found.result.failure
 
 
 def test_no_check_is_begun_after_the_time(tmp_path: Path) -> None:
