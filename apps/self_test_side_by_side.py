@@ -131,7 +131,7 @@ class _Process:
         self._process: subprocess.Popen[str] | None = None
 
     def run(self, item: Item, end: float) -> Ran | None:
-        """None where the process does not know the kernel. It is left out where it runs at `end`."""
+        """None where the process does not know the kernel. What runs at `end` is left out."""
         begin = time.perf_counter()
         allowed = min(self._patience, max(end - begin, 0.0))
         if self._process is None:

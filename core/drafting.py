@@ -44,6 +44,7 @@ class GuardedDrafter:
         self._vocab_size = vocab_size
         self._stats = stats
         self._session: DraftSession | None = None
+        self._early: DraftsAhead | None = None
         self.drafted = 0
 
     @property
@@ -54,7 +55,7 @@ class GuardedDrafter:
     @property
     def ahead(self) -> bool:
         """Whether the session can draft before it is known what was kept."""
-        return isinstance(self._session, DraftsAhead) and self._session.ahead
+        return self._session is not None and self._early is not None and self._early.ahead
 
     def open(self, request: DraftRequest) -> None:
         """Begin the generation."""
@@ -62,6 +63,8 @@ class GuardedDrafter:
             self._session = self._drafter.open(request)
             if self._session is None:
                 raise UsageError("open() returned no session")
+            # Asking a protocol takes long enough not to do it in every cycle.
+            self._early = self._session if isinstance(self._session, DraftsAhead) else None
         except Exception as error:  # noqa: BLE001 a drafter may fail in any way
             self.give_up(one_line(error))
 
@@ -95,11 +98,11 @@ class GuardedDrafter:
     ) -> None:
         """Launch the next draft before it is known how many tokens are `kept` ([1] int32), if the
         session can. `observe` and `propose` follow as ever."""
-        session = self._session
-        if not isinstance(session, DraftsAhead) or features is None or min(draft, verify) <= 0:
+        early = self._early if self._session is not None else None
+        if early is None or features is None or min(draft, verify) <= 0:
             return
         try:
-            tokens = session.propose_ahead(features, kept, anchor, draft, min(verify, draft))
+            tokens = early.propose_ahead(features, kept, anchor, draft, min(verify, draft))
             if tokens is not None:
                 mx.async_eval(tokens)
         except Exception as error:  # noqa: BLE001 a drafter may fail in any way
