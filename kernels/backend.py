@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import attrs
 import mlx.core as mx
 
-from .compiled_cuda import CompiledKernel, kernels_compiled
+from .compiled_cuda import CompiledKernel, architecture, kernels_compiled
 
 __all__ = [
     "CUDA_BUILTINS",
@@ -67,12 +67,15 @@ class Backend:
         build: ``mx.fast.metal_kernel`` or `draftloom.kernels.compiled_cuda.cuda_kernel`.
         prelude: the header handed over with every body.
         memory: threadgroup memory a kernel may use, bytes.
+        least: architecture of a CUDA device that has all instructions of the kernels, as 80 for
+            ``sm_80``; 0 is any.
     """
 
     name: str
     build: Callable[..., Any]
     prelude: str
     memory: int = 32 * 1024
+    least: int = 0
 
     def kernel(
         self,
@@ -109,11 +112,14 @@ class Backend:
         return kernel
 
     def why_missing(self) -> str | None:
-        """None if MLX has this backend here, else the reason why not."""
-        if getattr(mx, self.name).is_available():
-            return None
-        name = _NAMES[self.name]
-        return f"MLX was built without {name} or finds no {name} device"
+        """None if MLX has this backend here, and its device what kernels need; else why not."""
+        if not getattr(mx, self.name).is_available():
+            name = _NAMES[self.name]
+            return f"MLX was built without {name} or finds no {name} device"
+        here = architecture() if self.least else ""
+        if self.least and int("".join(filter(str.isdigit, here)) or 0) < self.least:
+            return f"the GPU is {here}, the kernel needs sm_{self.least} or newer"
+        return None
 
     def why_not_here(self) -> str | None:
         """None if kernels can run on the default device, else the reason why not."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,14 @@ from .cubins import cubin_folder, keep, kept
 from .cuda_program import program, shaped_inputs
 from .nvrtc import Nvrtc, find_nvrtc
 
-__all__ = ["CompiledKernel", "CudaKernels", "Launch", "cuda_kernel", "kernels_compiled"]
+__all__ = [
+    "CompiledKernel",
+    "CudaKernels",
+    "Launch",
+    "architecture",
+    "cuda_kernel",
+    "kernels_compiled",
+]
 
 Launch = Callable[..., list[mx.array]]
 """``mx.fast.precompiled_cuda_kernel``, or what is called like it."""
@@ -95,7 +102,8 @@ def kernels_compiled() -> int:
     return len(_COMPILED)
 
 
-def _architecture() -> str:
+@cache
+def architecture() -> str:
     """Of the GPU, as ``sm_90``."""
     return str(mx.device_info(mx.Device(mx.gpu))["architecture"])
 
@@ -138,7 +146,7 @@ class CompiledKernel:
     compiler: Nvrtc
     launch: Launch | None = None
     folder: Path | None = None
-    architecture: Callable[[], str] = _architecture
+    architecture: Callable[[], str] = architecture
     _shaped: tuple[int, ...] = attrs.field(init=False)
     _ready: dict[Any, _Compiled] = attrs.field(init=False, factory=dict)
     _lock: threading.Lock = attrs.field(init=False, factory=threading.Lock)

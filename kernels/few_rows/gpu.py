@@ -26,7 +26,7 @@ def checks(name: str) -> Iterator[Check]:
 
 
 cuda = GpuKernel(
-    Launcher(Backend("cuda", cuda_kernel, CUDA_BUILTINS + CUDA_MMA, 48 * 1024)),
+    Launcher(Backend("cuda", cuda_kernel, CUDA_BUILTINS + CUDA_MMA, 48 * 1024, least=80)),
     TIMED,
     unsupported,
     checks,

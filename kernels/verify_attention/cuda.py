@@ -23,7 +23,7 @@ __all__ = [
     "why_not_here",
 ]
 
-BACKEND = Backend("cuda", cuda_kernel, CUDA_PRELUDE, memory=48 * 1024)
+BACKEND = Backend("cuda", cuda_kernel, CUDA_PRELUDE, memory=48 * 1024, least=80)
 LAUNCHER = Launcher(BACKEND)
 attend = LAUNCHER.attend
 why_not_here = BACKEND.why_not_here

@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import attrs
 
+from .share import SHARE
+
 __all__ = ["COMBINE_SIMDS", "Combine", "Partial"]
 
 COMBINE_SIMDS = 8
@@ -71,29 +73,8 @@ _PARTIAL = (
   const int thread_id = simd * 32 + lane;
   const int part = simd % PARTS;
   const int local = simd / PARTS * 16 + lane / 4;
-  const int queries = q_shape[2];
-  const int allocated = k_shape[2];
-  const int rows = Hq / Hkv * queries;
-  const int most = (allocated + LEAST * BN - 1) / (LEAST * BN);
-  const int splits = most < SPLITS ? most : SPLITS;
-  const int split = static_cast<int>(threadgroup_position_in_grid.x);
-  const int pair = static_cast<int>(threadgroup_position_in_grid.z);  // row of the batch, key head
-  int length = lengths[pair / Hkv];
-  length = length < allocated ? length : allocated;
-  const int oldest = WINDOW > 0 ? length - queries - WINDOW + 1 : 0;
-  const int first = oldest > 0 ? oldest : 0;
-  const int tiles = length > first ? (length - first + BN - 1) / BN : 0;
-  const int begin = first + tiles * split / splits * BN;
-  const int stop = first + tiles * (split + 1) / splits * BN;
-  const int end = stop < length ? stop : length;
-
-  const int row0 = static_cast<int>(threadgroup_position_in_grid.y) * RT + local;
-  const int row1 = row0 + 8;
-  const int from0 = row0 < rows ? row0 : rows - 1;
-  const int from1 = row1 < rows ? row1 : rows - 1;
-  const int at0 = length - queries + from0 % queries;  // positions of the two rows
+@SHARE@  const int at0 = length - queries + from0 % queries;  // positions of the two rows
   const int at1 = length - queries + from1 % queries;
-  const size_t base = static_cast<size_t>(pair) * rows;
   auto mine = rows_at(q + (base + from0) * D, q + (base + from1) * D);
 
   threadgroup CT tile[BN * LD];
@@ -352,7 +333,7 @@ class Partial:
     @property
     def source(self) -> str:
         """The body, as handed to MLX for either backend."""
-        return _PARTIAL.replace("@SCALE@", f"{self.scale:.9e}f")
+        return _PARTIAL.replace("@SHARE@", SHARE).replace("@SCALE@", f"{self.scale:.9e}f")
 
 
 @attrs.frozen

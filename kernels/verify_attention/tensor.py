@@ -15,6 +15,8 @@ import math
 
 import attrs
 
+from .share import SHARE
+
 __all__ = ["CUDA_INSTRUCTIONS", "CUDA_MMA", "CUDA_TENSOR", "STAGES", "TensorPartial"]
 
 STAGES = 3
@@ -216,28 +218,7 @@ _BODY = """
   const int thread_id = simd * 32 + lane;
   const int half_of_keys = simd / (SIMDS / 2);
   const int local = simd % (SIMDS / 2) * 16 + lane / 4;
-  const int queries = q_shape[2];
-  const int allocated = k_shape[2];
-  const int rows = Hq / Hkv * queries;
-  const int most = (allocated + LEAST * BN - 1) / (LEAST * BN);
-  const int splits = most < SPLITS ? most : SPLITS;
-  const int split = static_cast<int>(threadgroup_position_in_grid.x);
-  const int pair = static_cast<int>(threadgroup_position_in_grid.z);  // row of the batch, key head
-  int length = lengths[pair / Hkv];
-  length = length < allocated ? length : allocated;
-  const int oldest = WINDOW > 0 ? length - queries - WINDOW + 1 : 0;
-  const int first = oldest > 0 ? oldest : 0;
-  const int tiles = length > first ? (length - first + BN - 1) / BN : 0;
-  const int begin = first + tiles * split / splits * BN;
-  const int stop = first + tiles * (split + 1) / splits * BN;
-  const int end = stop < length ? stop : length;
-
-  const int row0 = static_cast<int>(threadgroup_position_in_grid.y) * RT + local;
-  const int row1 = row0 + 8;
-  const int from0 = row0 < rows ? row0 : rows - 1;
-  const int from1 = row1 < rows ? row1 : rows - 1;
-  const size_t base = static_cast<size_t>(pair) * rows;
-  const int skip = half_of_keys * OWN;
+@SHARE@  const int skip = half_of_keys * OWN;
   const int thread_of_half = thread_id % (THREADS / 2);
   const size_t start = (static_cast<size_t>(pair) * allocated + skip
       + thread_of_half / (D / 8)) * D + thread_of_half % (D / 8) * 8;
@@ -452,4 +433,5 @@ class TensorPartial:
     def source(self) -> str:
         """The body, as handed to MLX."""
         scale = f"{self.scale / math.log(2):.9e}f"
-        return _BODY.replace("@SCALE@", scale).replace("@STAGES@", str(STAGES))
+        body = _BODY.replace("@SHARE@", SHARE)
+        return body.replace("@SCALE@", scale).replace("@STAGES@", str(STAGES))

@@ -17,6 +17,7 @@ import attrs
 import mlx.core as mx
 import pytest
 
+from draftloom.kernels import backend
 from draftloom.kernels.backend import Backend, kernels_built
 from draftloom.kernels.compiled_cuda import CompiledKernel, CudaKernels, kernels_compiled
 from draftloom.kernels.cubins import cubin_folder, keep, kept
@@ -322,3 +323,20 @@ def test_a_real_compiler_from_text_to_disk(tmp_path: Path) -> None:
     cubin = device.launches[0]["compiled_source"]
     assert cubin.startswith(b"\x7fELF")
     assert kept(tmp_path, device.launches[0]["name"]) == cubin
+
+
+@pytest.mark.parametrize(
+    ("here", "least", "why"),
+    [
+        ("sm_75", 80, "the GPU is sm_75, the kernel needs sm_80 or newer"),
+        ("sm_80", 80, None),
+        ("sm_120", 80, None),
+        ("sm_75", 0, None),
+    ],
+)
+def test_a_device_without_the_instructions_is_told_before_anything_is_compiled(
+    here: str, least: int, why: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backend, "architecture", lambda: here)
+    assert Backend("cuda", CudaKernels(), "", least=least).why_missing() == why
