@@ -22,12 +22,11 @@ from draftloom.errors import UsageError
 from draftloom.events import CycleEvent
 from draftloom.pipeline import Pipeline
 
-from .prompts import BenchPrompt
+from .prompts import BenchPrompt, EncodedPrompt
 from .subjects import Subject, Variant
 
 __all__ = [
     "WINDOW",
-    "EncodedPrompt",
     "Run",
     "Settings",
     "Text",
@@ -61,19 +60,6 @@ class Settings:
     cool_down: float = 0.0
     stop_at_eos: bool = False
     window: int = WINDOW
-
-
-@attrs.frozen
-class EncodedPrompt:
-    """A prompt as token ids.
-
-    Attributes:
-        suite: where it is from.
-        ids: token ids.
-    """
-
-    suite: str
-    ids: tuple[int, ...]
 
 
 @attrs.frozen

@@ -13,7 +13,14 @@ import attrs
 
 from draftloom.errors import UnknownNameError, UsageError
 
-__all__ = ["DATASET_FORMATS", "BenchPrompt", "built_in_suites", "load_dataset", "load_suite"]
+__all__ = [
+    "DATASET_FORMATS",
+    "BenchPrompt",
+    "EncodedPrompt",
+    "built_in_suites",
+    "load_dataset",
+    "load_suite",
+]
 
 DATASET_FORMATS = "gsm8k, math500, humaneval, mbpp, mt-bench"
 
@@ -29,6 +36,19 @@ class BenchPrompt:
 
     suite: str
     text: str
+
+
+@attrs.frozen
+class EncodedPrompt:
+    """A prompt as token ids.
+
+    Attributes:
+        suite: where it is from.
+        ids: token ids.
+    """
+
+    suite: str
+    ids: tuple[int, ...]
 
 
 def _suites() -> Mapping[str, Sequence[str]]:

@@ -20,7 +20,8 @@ import mlx.core as mx
 from draftloom.errors import UsageError
 from draftloom.versions import version_of
 
-from .measure import EncodedPrompt, Run, Settings, Text, measure
+from .measure import Run, Settings, Text, measure
+from .prompts import EncodedPrompt
 from .stages import StageTimes, time_stages
 from .subjects import Subject
 

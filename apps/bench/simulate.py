@@ -32,35 +32,13 @@ from draftloom.hookspecs import Register, hookimpl
 from draftloom.plugins import PluginManager
 from draftloom.sampling import SamplingState
 
-from .measure import EncodedPrompt
-from .subjects import Subject, make_variants
+from .prompts import EncodedPrompt
+from .subjects import Simulation, Subject, make_variants
 
-__all__ = ["Simulation", "no_text_tokenizer", "random_prompts", "shape_names", "simulated_subject"]
+__all__ = ["no_text_tokenizer", "random_prompts", "shape_names", "simulated_subject"]
 
 Builders = Sequence[tuple[str, PipelineBuilder]]
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-
-
-@attrs.frozen
-class Simulation:
-    """What is simulated.
-
-    Attributes:
-        shape: name of the shape.
-        rates: probability that a draft token is kept if those before it are, by position; the
-            last one holds for all positions after it.
-        seed: of weights, prompts and draws.
-        prompt_tokens: length of the random prompts.
-    """
-
-    shape: str
-    rates: tuple[float, ...]
-    seed: int = 0
-    prompt_tokens: int = 128
-
-    def rate(self, position: int) -> float:
-        """The probability at a position, from 0."""
-        return self.rates[min(position, len(self.rates) - 1)]
 
 
 def _shapes() -> Mapping[str, Any]:

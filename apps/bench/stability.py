@@ -21,8 +21,8 @@ from draftloom.errors import UsageError
 
 from .charts import Line, line_plot
 from .html import render_facts, render_page, render_table
-from .measure import EncodedPrompt, Run, Settings, check_room, encode_prompts, measure
-from .prompts import BenchPrompt
+from .measure import Run, Settings, check_room, encode_prompts, measure
+from .prompts import BenchPrompt, EncodedPrompt
 from .report import Report, head, spread
 from .subjects import Subject, load_subject, steady
 

@@ -32,7 +32,7 @@ from draftloom.pipeline import Pipeline
 from draftloom.recording import made_of
 from draftloom.sampling import SamplingParams, SamplingState
 
-from .measure import EncodedPrompt
+from .prompts import EncodedPrompt
 
 __all__ = ["STAGES", "StageTimes", "time_stages"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 
@@ -12,10 +12,16 @@ from draftloom.builder import PipelineBuilder
 from draftloom.errors import UsageError
 from draftloom.spec import ComponentSpec, PipelineSpec
 
-if TYPE_CHECKING:
-    from .simulate import Simulation
-
-__all__ = ["ALONE", "PLAIN", "Subject", "Variant", "load_subject", "make_variants", "steady"]
+__all__ = [
+    "ALONE",
+    "PLAIN",
+    "Simulation",
+    "Subject",
+    "Variant",
+    "load_subject",
+    "make_variants",
+    "steady",
+]
 
 ALONE = "mlx-lm"
 PLAIN = "width 0"
@@ -34,6 +40,28 @@ class Variant:
     name: str
     builder: PipelineBuilder | None
     parts: dict[str, str]
+
+
+@attrs.frozen
+class Simulation:
+    """What is simulated.
+
+    Attributes:
+        shape: name of the shape.
+        rates: probability that a draft token is kept if those before it are, by position; the
+            last one holds for all positions after it.
+        seed: of weights, prompts and draws.
+        prompt_tokens: length of the random prompts.
+    """
+
+    shape: str
+    rates: tuple[float, ...]
+    seed: int = 0
+    prompt_tokens: int = 128
+
+    def rate(self, position: int) -> float:
+        """The probability at a position, from 0."""
+        return self.rates[min(position, len(self.rates) - 1)]
 
 
 @attrs.frozen(eq=False)

@@ -34,7 +34,8 @@ from .output import busy, fallback_on_stderr, say_note
 from .state import state_of
 
 if TYPE_CHECKING:
-    from draftloom.apps.bench.measure import EncodedPrompt, Settings
+    from draftloom.apps.bench.measure import Settings
+    from draftloom.apps.bench.prompts import EncodedPrompt
     from draftloom.apps.bench.subjects import Subject
     from draftloom.builder import PipelineBuilder
     from draftloom.plugins import PluginManager
@@ -282,7 +283,8 @@ def _simulated(
     choice: tuple[_Chosen, Study],
     count: int,
 ) -> tuple[Subject, list[EncodedPrompt]]:
-    from draftloom.apps.bench.simulate import Simulation, random_prompts, simulated_subject
+    from draftloom.apps.bench.simulate import random_prompts, simulated_subject
+    from draftloom.apps.bench.subjects import Simulation
 
     (shape, rates, prompt_tokens), (chosen, study) = options, choice
     simulation = Simulation(shape, rates, prompt_tokens=prompt_tokens)

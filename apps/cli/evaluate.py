@@ -18,7 +18,8 @@ from .output import busy, fallback_on_stderr, say_note
 from .state import state_of
 
 if TYPE_CHECKING:
-    from draftloom.apps.bench.measure import EncodedPrompt, Settings
+    from draftloom.apps.bench.measure import Settings
+    from draftloom.apps.bench.prompts import EncodedPrompt
     from draftloom.apps.bench.subjects import Subject
     from draftloom.builder import PipelineBuilder
     from draftloom.plugins import PluginManager

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from draftloom.apps.bench.measure import EncodedPrompt
+from draftloom.apps.bench.prompts import EncodedPrompt
 from draftloom.apps.train.data import read_corpus
 from draftloom.apps.train.evaluate import prompt_of
 

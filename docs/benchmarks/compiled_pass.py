@@ -41,11 +41,11 @@ from draftloom import PipelineBuilder
 from draftloom.apps.bench.report import machine
 from draftloom.apps.bench.simulate import (
     DTYPES,
-    Simulation,
     randomize,
     shape_names,
     simulated_subject,
 )
+from draftloom.apps.bench.subjects import Simulation
 from draftloom.contracts import DraftRequest
 from draftloom.sampling import SamplingParams, SamplingState
 from draftloom.versions import version_of

@@ -25,11 +25,11 @@ from draftloom import PipelineBuilder
 from draftloom.apps.bench.report import machine
 from draftloom.apps.bench.simulate import (
     DTYPES,
-    Simulation,
     random_prompts,
     shape_names,
     simulated_subject,
 )
+from draftloom.apps.bench.subjects import Simulation
 from draftloom.versions import version_of
 
 TEXTS = 2

@@ -44,7 +44,8 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from draftloom import GraphError, PipelineBuilder
 from draftloom.apps.bench.report import machine
-from draftloom.apps.bench.simulate import DTYPES, Simulation, shape_names, simulated_subject
+from draftloom.apps.bench.simulate import DTYPES, shape_names, simulated_subject
+from draftloom.apps.bench.subjects import Simulation
 from draftloom.contracts import DraftRequest
 from draftloom.drafting import propose_first
 from draftloom.sampling import SamplingParams, SamplingState

@@ -15,7 +15,7 @@ import pytest
 
 from draftloom import KernelSettings
 from draftloom.abilities import BindContext, DraftsInPart
-from draftloom.apps.bench.measure import EncodedPrompt
+from draftloom.apps.bench.prompts import EncodedPrompt
 from draftloom.apps.bench.simulate import SimulatedDFlash
 from draftloom.apps.bench.stages import time_stages
 from draftloom.contracts import Draft, DraftRequest

@@ -9,10 +9,10 @@ from mlx.utils import tree_flatten
 
 from draftloom import CycleEvent, Draft, ModelInfo, PipelineBuilder, SamplingParams, SamplingState
 from draftloom.adapters.base import make_skeleton
-from draftloom.apps.bench.measure import EncodedPrompt, Settings, _windows, measure
+from draftloom.apps.bench.measure import Settings, _windows, measure
+from draftloom.apps.bench.prompts import EncodedPrompt
 from draftloom.apps.bench.simulate import (
     SimulatedAcceptance,
-    Simulation,
     _shapes,
     drafter_config,
     random_prompts,
@@ -20,7 +20,7 @@ from draftloom.apps.bench.simulate import (
     simulated_subject,
 )
 from draftloom.apps.bench.stages import STAGES, _Clock, _instrumented, time_stages
-from draftloom.apps.bench.subjects import Subject
+from draftloom.apps.bench.subjects import Simulation, Subject
 from draftloom.drafters.dflash import DFlashModel
 from draftloom.drafters.formats import describe_checkpoint
 from draftloom.errors import UnknownNameError, UsageError
