@@ -175,7 +175,7 @@ class _Recorded:
         if all(n + 1 == self._tokens for n in num_accepted):
             kept = self.started = list(self.entry.state)
         else:
-            kept = self._windows(num_accepted)
+            kept = _windows(self.entry, num_accepted)
             if len(self._before) > len(kept):
                 self.started = [self._replay(self._state(), num_accepted)]
                 kept += self.started
@@ -184,25 +184,6 @@ class _Recorded:
     def abort(self) -> None:
         deferred = isinstance(self._before, DeferredSlots)
         self._cache.cache = self._before if deferred else list(self._before)
-
-    def _windows(self, num_accepted: Sequence[int]) -> list[mx.array]:
-        """The last W inputs of each convolution after the kept tokens: views, where that is enough.
-        They hold the W + T inputs of the block until the next one is verified."""
-        entry, start = self.entry, _agreed(num_accepted)
-        whole = entry.windows[0] if len(entry.windows) == 1 else self._joined()
-        sizes = [slot.shape[1] for slot in entry.slots[: len(whole)]]
-        if start is not None:
-            return [x[:, start : start + w] for x, w in zip(whole, sizes, strict=True)]
-        starts = mx.array(list(num_accepted))[:, None, None] + 1
-        at = [starts + mx.arange(w)[:, None] for w in sizes]
-        return [mx.take_along_axis(x, i, axis=1) for x, i in zip(whole, at, strict=True)]
-
-    def _joined(self) -> list[mx.array]:
-        """Inputs [B, W + T, C] of each convolution, over passes that ran one after the other."""
-        first, *rest = self.entry.windows
-        sizes = [slot.shape[1] for slot in self.entry.slots[: len(first)]]
-        parts = [[x, *(later[i][:, sizes[i] :] for later in rest)] for i, x in enumerate(first)]
-        return [mx.concatenate(part, axis=1) for part in parts]
 
     def _state(self) -> mx.array:
         """The state before the block."""
@@ -224,8 +205,29 @@ class _Recorded:
         """
         tape = gated_delta.concat_tapes(self.entry.tapes)
         deferred = Deferred(before, tape, _count(num_accepted), self._delta_replay)
-        late = partial(self._windows, num_accepted)
+        late = partial(_windows, self.entry, num_accepted)
         return DeferredSlots(self.entry.windows[0], deferred, late)
+
+
+def _windows(entry: RecordingEntry, num_accepted: Sequence[int]) -> list[mx.array]:
+    """The last W inputs of each convolution after the kept tokens: views, where that is enough.
+    They hold the W + T inputs of the block until the next one is verified."""
+    start = _agreed(num_accepted)
+    whole = entry.windows[0] if len(entry.windows) == 1 else _joined(entry)
+    sizes = [slot.shape[1] for slot in entry.slots[: len(whole)]]
+    if start is not None:
+        return [x[:, start : start + w] for x, w in zip(whole, sizes, strict=True)]
+    starts = mx.array(list(num_accepted))[:, None, None] + 1
+    at = [starts + mx.arange(w)[:, None] for w in sizes]
+    return [mx.take_along_axis(x, i, axis=1) for x, i in zip(whole, at, strict=True)]
+
+
+def _joined(entry: RecordingEntry) -> list[mx.array]:
+    """Inputs [B, W + T, C] of each convolution, over passes that ran one after the other."""
+    first, *rest = entry.windows
+    sizes = [slot.shape[1] for slot in entry.slots[: len(first)]]
+    parts = [[x, *(later[i][:, sizes[i] :] for later in rest)] for i, x in enumerate(first)]
+    return [mx.concatenate(part, axis=1) for part in parts]
 
 
 def _agreed(num_accepted: Sequence[int]) -> int | None:

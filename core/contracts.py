@@ -309,15 +309,13 @@ class Draft:
 
     @property
     def said(self) -> list[mx.array]:
-        """What the host has to read of a draft besides its tokens, [B] each: whether it is healthy,
-        and how many tokens the drafter stands by, where it says so."""
+        """What the host reads besides the tokens, [B] each: health and lengths, where given."""
         if not self.width:
             return []
         return [a for a in (self.healthy, self.lengths) if a is not None]
 
     def read(self, said: Sequence[int]) -> tuple[bool, int]:
-        """What a row of `said` means: healthy or not, and how many tokens the drafter stands by,
-        0..K."""
+        """A row of `said`: healthy or not, and how many tokens the drafter stands by, 0..K."""
         left = list(said)
         healthy = self.healthy is None or not left or left.pop(0) != 0
         offered = left.pop(0) if left else self.width

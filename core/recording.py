@@ -75,9 +75,9 @@ class DeferredSlots(list[Any]):
         return super().__getitem__(slice(len(self) - 1))
 
     def _arrive(self) -> None:
-        late, self._late = self._late, None
-        if late is not None:
-            super().__setitem__(slice(len(self) - 1), late())
+        if self._late is not None:
+            super().__setitem__(slice(len(self) - 1), self._late())
+            self._late = None
 
     def _look(self) -> None:
         if self.deferred is not None and super().__getitem__(-1) is None:

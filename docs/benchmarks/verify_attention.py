@@ -113,6 +113,13 @@ def linked(y: mx.array, packed: bool) -> mx.array:
     return y.transpose(0, 2, 1, 3).reshape(y.shape) if packed else y
 
 
+def chained(way: Way, q: mx.array, held: list[list[mx.array]], length: int, calls: int) -> mx.array:
+    """The last of so many calls, each on the output of the one before, the caches in turns."""
+    for call in range(calls):
+        q = linked(way.attend(q, *held[call % len(held)], length), way.packed)
+    return q
+
+
 def masked(shape: Shape) -> Attend:
     """MLX's own over all allocated keys; one mask for all layers, as in a model."""
     made: dict[tuple[int, int], mx.array] = {}
@@ -170,13 +177,9 @@ def fixed(
     held = [[shape.normal(shape.key_heads, allocated) for _ in "kv"] for _ in range(caches)]
     mx.eval(q, held)
 
-    def build() -> mx.array:
-        now = q
-        for call in range(options.calls):
-            now = linked(way.attend(now, *held[call % caches], length), way.packed)
-        return now
-
-    return timed(build, options.calls, options.rounds)
+    return timed(
+        lambda: chained(way, q, held, length, options.calls), options.calls, options.rounds
+    )
 
 
 def growing(shape: Shape, way: Way, length: int, options: argparse.Namespace) -> dict[str, float]:
@@ -189,10 +192,7 @@ def growing(shape: Shape, way: Way, length: int, options: argparse.Namespace) ->
     times = []
     for block in range(blocks):
         start = time.perf_counter()
-        now = q
-        for _ in range(layers):
-            now = linked(way.attend(now, k, v, length + block * shape.queries), way.packed)
-        mx.eval(now)
+        mx.eval(chained(way, q, [[k, v]], length + block * shape.queries, layers))
         mx.synchronize()
         times.append((time.perf_counter() - start) / layers * 1e6)
     kept = times[2:]  # compiling is not what is asked

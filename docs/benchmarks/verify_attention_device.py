@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from verify_attention import ROTATED, Attend, Shape, Way, causal, kernel, linked, masked
+from verify_attention import ROTATED, Attend, Shape, Way, causal, chained, kernel, masked
 
 from draftloom.apps.bench.report import machine
 from draftloom.kernels.verify_attention import cuda
@@ -30,18 +30,12 @@ def device_us(way: Way, q: mx.array, held: list[list[mx.array]], length: int) ->
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
-    def build() -> mx.array:
-        now = q
-        for call in range(CALLS):
-            now = linked(way.attend(now, *held[call % len(held)], length), way.packed)
-        return now
-
     for _ in range(3):
-        mx.eval(build())
+        mx.eval(chained(way, q, held, length, CALLS))
     mx.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         for _ in range(ROUNDS):
-            mx.eval(build())
+            mx.eval(chained(way, q, held, length, CALLS))
         mx.synchronize()
     kernels: dict[str, float] = defaultdict(float)
     for event in found.events():

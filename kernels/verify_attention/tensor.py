@@ -16,6 +16,7 @@ import math
 import attrs
 
 from .share import SHARE
+from .source import Partial
 
 __all__ = ["CUDA_INSTRUCTIONS", "CUDA_MMA", "CUDA_TENSOR", "STAGES", "TensorPartial"]
 
@@ -408,26 +409,10 @@ _BODY = """
 
 
 @attrs.frozen
-class TensorPartial:
-    """The first pass, for float16 and bfloat16 on CUDA.
-
-    Attributes:
-        scale: what scores are multiplied by.
-    """
-
-    scale: float
+class TensorPartial(Partial):
+    """The first pass, for float16 and bfloat16 on CUDA."""
 
     name = "draftloom_verify_attention_tensor"
-
-    @property
-    def inputs(self) -> list[str]:
-        """Names of the inputs, in order."""
-        return ["q", "k", "v", "lengths"]
-
-    @property
-    def outputs(self) -> list[str]:
-        """Names of the outputs, in order."""
-        return ["partial", "maxima", "sums"]
 
     @property
     def source(self) -> str:

@@ -385,3 +385,21 @@ def test_memory_does_not_grow_over_300_cycles(read: bool, monkeypatch: pytest.Mo
     del speculation, cache
     gc.collect()
     assert mx.get_active_memory() - start < 0.5 * STATE, "a cache that is gone holds nothing"
+
+
+def test_slots_that_could_not_be_made_are_asked_for_again() -> None:
+    asked: list[int] = []
+
+    def late() -> list[mx.array]:
+        asked.append(len(asked))
+        if len(asked) == 1:
+            raise MemoryError("no room")
+        return [mx.array([1.0])]
+
+    deferred = Deferred(mx.array([2.0]), None, 3, lambda state, tape, count: state)
+    slots = DeferredSlots([mx.array([9.0])], deferred, late)
+    with pytest.raises(MemoryError):
+        slots[0]
+    assert slots[0].item() == 1.0
+    assert slots.windows[0].item() == 1.0
+    assert asked == [0, 1]

@@ -52,7 +52,7 @@ class _Line:
     def add(self, width: float, seconds: float) -> None:
         expected = self.at(width)
         if expected is not None:  # one stall of the machine is not the price of a width
-            seconds = min(seconds, 3 * expected)
+            seconds = min(seconds, STALL * expected)
         for name, value in (
             ("weight", 1.0),
             ("x", width),
