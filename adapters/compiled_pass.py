@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
+from operator import getitem, is_
 from typing import Any
 
 import mlx.core as mx
@@ -27,7 +28,7 @@ from draftloom.recording import RecordingEntry
 from draftloom.traces import Traces
 
 from .early_launch import OPERATION as EARLY_LAUNCH
-from .traced_caches import Port, TracedKVCache, port_of
+from .traced_caches import Forms, Port, TracedKVCache, port_of
 
 __all__ = ["MODEL_TYPES", "MOST_TOKENS", "MOST_TRACES", "OPERATION", "CompiledPass", "on"]
 
@@ -41,6 +42,7 @@ MOST_TOKENS = 32
 MOST_TRACES = 32
 """Forms whose graphs are kept; the one that was not used for longest goes first."""
 _KINDS = (CacheKind.ATTENTION, CacheKind.GATED_DELTA)
+NO_PARTS: tuple[Sequence[Any], Sequence[Any], Sequence[Any]] = ((), (), ())
 _log = logging.getLogger("draftloom.kernels")
 
 Forward = Callable[[mx.array, list[Any]], TargetOutput]
@@ -128,7 +130,9 @@ def _attend(held: int, tokens: int, *, traced: bool) -> list[mx.array]:
 class _Trace:
     """The graph of all passes of one form."""
 
-    def __init__(self, forward: Forward, forms: Sequence[Any], counts: Sequence[int]) -> None:
+    def __init__(
+        self, forward: Forward, forms: Sequence[Any], counts: Sequence[int], known: Forms
+    ) -> None:
         ends = [sum(counts[:i]) for i in range(len(counts) + 1)]
         self.layouts: list[tuple[int, Any]] = []
         self.has_features = False
@@ -145,7 +149,7 @@ class _Trace:
             if output.features is not None:
                 given.append(output.features)
             for form, cache in zip(forms, caches, strict=True):
-                found, layout = form.results(cache)
+                found, layout = form.results(cache, known)
                 self.layouts.append((len(found), layout))
                 given += found
             return given
@@ -171,7 +175,8 @@ class CompiledPass:
         self._chosen = False  # by name
         self._tried = False
         self._traces: Traces[_Trace] = Traces(MOST_TRACES)
-        self._parts: list[tuple[Any, Any, Any]] = []
+        self._known: Forms = {}
+        self._parts: tuple[Sequence[Any], Sequence[Any], Sequence[Any]] = NO_PARTS
         self.why_not = "it is off"
         self.replayed = 0
 
@@ -195,7 +200,8 @@ class CompiledPass:
     def clear(self) -> None:
         """Drop what was traced, and the weights that it holds."""
         self._traces.clear()
-        self._parts = []
+        self._known.clear()
+        self._parts = NO_PARTS
 
     def run(self, forward: Forward, tokens: mx.array, cache: list[Any]) -> TargetOutput | None:
         """The pass, caches written; None where it is to run as it is.
@@ -210,32 +216,30 @@ class CompiledPass:
         """
         if self.why_not or tokens.shape[1] > MOST_TOKENS:
             return None
-        ports, offset = _ports(tokens, cache)
+        rows, count = tokens.shape
+        ports, offset = _ports(count, rows, cache)
         if ports is None:
             return None
         self._look_for_exchanges()
-        form = (tokens.shape, tokens.dtype, *(port.form for port in ports))
-        trace = self._traces.of(form, partial(self._trace, forward, ports))
-        arrays = [array for port in ports for array in port.take()]
+        form = (rows, count, tokens.dtype, *[port.form for port in ports])
+        taken = [port.take() for port in ports]
         try:
+            trace = self._traces.of(form, partial(self._trace, forward, ports, taken))
             # A list of its own: MLX leaves placeholders in it where tracing fails.
             start = mx.full((row_entries(1),), offset, dtype=mx.int32)
-            given = trace.run(tokens, start, list(arrays))
+            given = trace.run(tokens, start, [*chain.from_iterable(taken)])
         except BaseException:
-            counts = [port.count for port in ports]
-            _deal(ports, counts, arrays, lambda port, part: port.put_back(part))
+            for port, arrays in zip(ports, taken, strict=True):
+                port.put_back(arrays)
             raise
-        del arrays  # nobody but the graph holds them now: buffers are written where they lie
-        logits, rest = given[0], given[1 + trace.has_features :]
-        layouts = iter(trace.layouts)
-        _deal(
-            ports,
-            [count for count, _ in trace.layouts],
-            rest,
-            lambda port, part: port.store(part, next(layouts)[1], tokens.shape[1]),
-        )
+        del taken  # nobody but the graph holds them now: buffers are written where they lie
+        first = 1 + trace.has_features
+        for port, (size, layout) in zip(ports, trace.layouts, strict=True):
+            last = first + size
+            port.store(given[first:last], layout, count)
+            first = last
         self.replayed += 1
-        return TargetOutput(logits, given[1] if trace.has_features else None)
+        return TargetOutput(given[0], given[1] if trace.has_features else None)
 
     def try_out(self, forward: Forward, make_cache: Callable[[], list[Any]]) -> None:
         """Before the first pass: trace passes of one token and of several, recorded and not, on
@@ -257,24 +261,25 @@ class CompiledPass:
 
     def _look_for_exchanges(self) -> None:
         """Drop every trace if a weight or a module is another than when they were traced."""
+        owners, keys, parts = self._parts
         try:
-            exchanged = False
-            for owner, key, part in self._parts:
-                if owner[key] is not part:
-                    exchanged = True
-                    break
+            same = all(map(is_, map(getitem, owners, keys), parts))
         except LookupError:  # it is not there any more
-            exchanged = True
-        if exchanged:
+            same = False
+        if not same:
             _log.info("%s of %s: a module or a weight was exchanged", OPERATION, self._name)
             self.clear()
 
-    def _trace(self, forward: Forward, ports: Sequence[Port]) -> _Trace:
-        if not self._parts:
-            self._parts = list(_parts_of(self._model))
+    def _trace(
+        self, forward: Forward, ports: Sequence[Port], taken: Sequence[list[mx.array]]
+    ) -> _Trace:
+        if not self._parts[0]:
+            owners, keys, parts = zip(*_parts_of(self._model), strict=True)
+            self._parts = owners, keys, parts
             # What is lazy would be computed again in every pass.
-            mx.eval([part for _, _, part in self._parts if isinstance(part, mx.array)])
-        return _Trace(forward, [p.form for p in ports], [p.count for p in ports])
+            mx.eval([part for part in parts if isinstance(part, mx.array)])
+        counts = [len(arrays) for arrays in taken]
+        return _Trace(forward, [port.form for port in ports], counts, self._known)
 
     def _say(self) -> None:
         if self.why_not:
@@ -283,32 +288,21 @@ class CompiledPass:
             _log.log(level, said, OPERATION, self._name, self.why_not)
 
 
-def _ports(tokens: mx.array, cache: list[Any]) -> tuple[list[Port] | None, int]:
-    """The ports of a pass, and where its key/value caches end; None where one has no port, or they
-    end at different places."""
+def _ports(tokens: int, rows: int, cache: list[Any]) -> tuple[list[Port] | None, int]:
+    """The ports of a pass over [B, T] tokens, and where its key/value caches end; None where one
+    has no port, or they end at different places."""
     ports: list[Port] = []
-    offsets = set()
+    end: int | None = None
     for entry in cache:
-        port = port_of(entry, tokens.shape[1], tokens.shape[0])
+        port = port_of(entry, tokens, rows)
         if isinstance(port, str):
             return None, 0
-        if hasattr(entry, "offset"):
-            offsets.add(entry.offset)
         ports.append(port)
-    return (ports, max(offsets, default=0)) if len(offsets) < 2 else (None, 0)
-
-
-def _deal(
-    ports: Sequence[Port],
-    counts: Sequence[int],
-    arrays: list[mx.array],
-    give: Callable[[Port, list[mx.array]], None],
-) -> None:
-    """Give each port its part of the arrays."""
-    start = 0
-    for port, count in zip(ports, counts, strict=True):
-        give(port, arrays[start : start + count])
-        start += count
+        if port.offset is not None:
+            if end not in (None, port.offset):
+                return None, 0
+            end = port.offset
+    return ports, end or 0
 
 
 def _recording(entry: Any) -> Any:

@@ -3,11 +3,16 @@
 A *port* stands at one cache of one pass. Its *form* says all that a trace depends on, shapes and
 types, and holds no array: equal forms share a trace. While the pass is traced the model sees
 stand-ins over placeholders; afterwards the arrays that the replay gave go into the real cache.
+
+Ports are made for every layer in every cycle, so that little is done for each: a trace knows the
+form of the next pass over what it leaves deferred.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
+from operator import attrgetter
 from typing import Any
 
 import attrs
@@ -17,11 +22,14 @@ from mlx_lm.models.cache import ArraysCache, KVCache
 from draftloom.kernels.gated_delta import row_counts
 from draftloom.kv_view import KVCacheView
 from draftloom.recording import Deferred, DeferredSlots, RecordingEntry
-from draftloom.row_writes import traced_rows, write_rows
+from draftloom.row_writes import LEAST_ROWS, traced_rows, write_rows
 
-__all__ = ["Port", "TracedKVCache", "port_of"]
+__all__ = ["Forms", "Port", "TracedKVCache", "port_of"]
 
 Shape = tuple[tuple[int, ...], mx.Dtype]
+Forms = dict[Any, Any]
+"""Forms that traces of one model know, by themselves: of equal ones one is used, which is found
+again without comparing what is in it."""
 
 
 class TracedKVCache(KVCacheView):
@@ -53,7 +61,7 @@ class TracedKVCache(KVCacheView):
         return mask if window_size is None else mask & (query < key + window_size)
 
 
-@attrs.frozen
+@attrs.frozen(cache_hash=True)
 class _KVForm:
     """A plain key/value cache: keys and values as allocated."""
 
@@ -63,11 +71,18 @@ class _KVForm:
     def trace(self, arrays: Sequence[mx.array], offset: mx.array) -> TracedKVCache:
         return TracedKVCache(arrays[0], arrays[1], offset)
 
-    def results(self, traced: TracedKVCache) -> tuple[list[mx.array], None]:
+    def results(self, traced: TracedKVCache, known: Forms) -> tuple[list[mx.array], None]:
         return [traced.keys, traced.values], None
 
 
-@attrs.frozen
+@lru_cache(maxsize=256)
+def _kv_form(
+    keys: tuple[int, ...], dtype: mx.Dtype, values: tuple[int, ...], other: mx.Dtype
+) -> _KVForm:
+    return _KVForm((keys, dtype), (values, other))
+
+
+@attrs.frozen(cache_hash=True)
 class _SlotsForm:
     """The slots of a recurrent cache that a layer replaces; None is a slot that is empty."""
 
@@ -76,11 +91,11 @@ class _SlotsForm:
     def trace(self, arrays: Sequence[mx.array], offset: mx.array) -> Any:
         return _slots_cache(_fill(self.slots, arrays))
 
-    def results(self, traced: Any) -> tuple[list[mx.array], None]:
+    def results(self, traced: Any, known: Forms) -> tuple[list[mx.array], None]:
         return list(traced.cache), None
 
 
-@attrs.frozen
+@attrs.frozen(cache_hash=True)
 class _RecordForm:
     """A recurrent cache that records, with a state that is there or left to be replayed.
 
@@ -89,7 +104,6 @@ class _RecordForm:
         defers: as the entry has it.
         left: state, then tape, of the deferred state; empty where none is.
         tape: the tape's class.
-        rows: B.
         replay: how a deferred state comes about; the same for all passes of a tuned model.
     """
 
@@ -97,8 +111,18 @@ class _RecordForm:
     defers: bool
     left: tuple[Shape, ...] = ()
     tape: Any = None
-    rows: int = 1
     replay: Callable[..., mx.array] | None = attrs.field(default=None, eq=False)
+
+    @classmethod
+    def after(cls, windows: Sequence[mx.array | None], left: Deferred) -> _RecordForm:
+        """Of a pass that goes on from a state left to be replayed.
+
+        Args:
+            windows: the slots before the state.
+            left: how the state comes about.
+        """
+        made_of = tuple(_shape(array) for array in (left.state, *_parts(left.tape)))
+        return cls((*_shapes(windows), None), True, made_of, type(left.tape), left.replay)
 
     def trace(self, arrays: Sequence[mx.array], offset: mx.array) -> RecordingEntry:
         slots = _fill(self.slots, arrays)
@@ -109,16 +133,19 @@ class _RecordForm:
             slots = DeferredSlots(slots[:-1], deferred)
         return RecordingEntry(_slots_cache(slots), self.defers)
 
-    def results(self, traced: RecordingEntry) -> tuple[list[mx.array], _Recorded]:
+    def results(self, traced: RecordingEntry, known: Forms) -> tuple[list[mx.array], _Recorded]:
         tape, windows, after = traced.tapes[0], traced.windows[0], traced.deferred
-        parts = [] if tape is None else _parts(tape)
+        form = None if after is None else _RecordForm.after(traced.slots[:-1], after)
         slots = [slot for slot in traced.slots if slot is not None]
+        parts = () if tape is None else _parts(tape)
         recorded = _Recorded(
-            tuple(slot is None for slot in traced.slots),
-            len(windows),
-            None if tape is None else type(tape),
-            len(parts),
-            None if after is None else (after.count, after.replay),
+            empty=tuple(i for i, slot in enumerate(traced.slots) if slot is None),
+            slots=len(slots),
+            windows=len(slots) + len(windows),
+            parts=len(slots) + len(windows) + len(parts),
+            tape=None if tape is None else type(tape),
+            after=None if after is None else (after.count, after.replay),
+            form=None if form is None else known.setdefault(form, form),
         )
         state = [] if after is None else [after.state]
         return [*slots, *windows, *parts, *state], recorded
@@ -126,21 +153,25 @@ class _RecordForm:
 
 @attrs.frozen(eq=False)
 class _Recorded:
-    """How the arrays that a recording layer gave are laid out.
+    """How the arrays that a recording layer gave are laid out: slots, inputs of convolutions, tape,
+    state.
 
     Attributes:
-        empty: for each slot, whether nothing is in it.
-        windows: how many inputs of convolutions.
-        tape, parts: class and arrays of the tape; a class of None is no tape.
+        empty: slots with nothing in them.
+        slots, windows, parts: where the arrays of each, and of the tape, end.
+        tape: class of the tape; None is no tape.
         after: count and replay of the state after the pass, where that is deferred; None where a
             slot has it.
+        form: of a pass that goes on from a deferred state.
     """
 
-    empty: tuple[bool, ...]
+    empty: tuple[int, ...]
+    slots: int
     windows: int
-    tape: Any
     parts: int
-    after: Any
+    tape: Any
+    after: tuple[Any, Callable[..., mx.array]] | None
+    form: _RecordForm | None
 
 
 class Port:
@@ -148,11 +179,11 @@ class Port:
 
     Attributes:
         form: what a trace depends on.
-        count: arrays that go in.
+        offset: where a key/value cache ends; None for others.
     """
 
     form: Any
-    count: int
+    offset: int | None = None
 
     def take(self) -> list[mx.array]:
         """The arrays that go in. A key/value cache lets go of its own, so that the device can
@@ -162,17 +193,18 @@ class Port:
     def put_back(self, arrays: Sequence[mx.array]) -> None:
         """Nothing was run: the arrays of `take` are the cache's again."""
 
-    def store(self, arrays: Sequence[mx.array], layout: Any, tokens: int) -> None:
+    def store(self, arrays: list[mx.array], layout: Any, tokens: int) -> None:
         """Put the arrays that came out into the cache, which is T tokens further."""
         raise NotImplementedError
 
 
 class _KVPort(Port):
     def __init__(self, cache: Any, tokens: int) -> None:
-        self._cache = cache
-        _make_room(cache, tokens)
-        self.form = _KVForm(_shape(cache.keys), _shape(cache.values))
-        self.count = 2
+        self._cache, self.offset = cache, cache.offset
+        if not cache.offset + tokens <= cache.keys.shape[2] >= LEAST_ROWS:
+            _make_room(cache, tokens)
+        keys, values = cache.keys, cache.values
+        self.form = _kv_form(keys.shape, keys.dtype, values.shape, values.dtype)
 
     def take(self) -> list[mx.array]:
         arrays = [self._cache.keys, self._cache.values]
@@ -182,7 +214,7 @@ class _KVPort(Port):
     def put_back(self, arrays: Sequence[mx.array]) -> None:
         self._cache.keys, self._cache.values = arrays
 
-    def store(self, arrays: Sequence[mx.array], layout: Any, tokens: int) -> None:
+    def store(self, arrays: list[mx.array], layout: Any, tokens: int) -> None:
         self._cache.keys, self._cache.values = arrays
         self._cache.offset += tokens
 
@@ -192,48 +224,43 @@ class _SlotsPort(Port):
         self._cache = cache
         self._slots = list(cache.cache)
         self.form = _SlotsForm(_shapes(self._slots))
-        self.count = _filled(self._slots)
 
     def take(self) -> list[mx.array]:
         return [slot for slot in self._slots if slot is not None]
 
-    def store(self, arrays: Sequence[mx.array], layout: Any, tokens: int) -> None:
-        self._cache.cache = list(arrays)
+    def store(self, arrays: list[mx.array], layout: Any, tokens: int) -> None:
+        self._cache.cache = arrays
 
 
 class _RecordPort(Port):
     def __init__(self, entry: RecordingEntry, rows: int) -> None:
         self._entry = entry
-        left = entry.deferred
-        slots = entry.slots if left is None else [*entry.slots[:-1], None]
-        self._arrays = [slot for slot in slots if slot is not None]
+        slots, left = entry.slots, entry.deferred
         if left is None:
             self.form = _RecordForm(_shapes(slots), entry.defers)
-        else:
-            given = [left.state, *_parts(left.tape)]
-            self.form = _RecordForm(
-                _shapes(slots),
-                entry.defers,
-                tuple(_shape(a) for a in given),
-                type(left.tape),
-                rows,
-                left.replay,
-            )
-            self._arrays += [*given, row_counts(left.count, rows)]
-        self.count = len(self._arrays)
+            self._arrays = [slot for slot in slots if slot is not None]
+            return
+        windows = slots[:-1]
+        self.form = left.form or _RecordForm.after(windows, left)
+        count = row_counts(left.count, rows)
+        self._arrays = [*windows, left.state, *_parts(left.tape), count]
 
     def take(self) -> list[mx.array]:
         return self._arrays
 
-    def store(self, arrays: Sequence[mx.array], layout: Any, tokens: int) -> None:
-        given = iter(arrays)
-        self._entry.slots = [None if empty else next(given) for empty in layout.empty]
-        windows = [next(given) for _ in range(layout.windows)]
-        parts = [next(given) for _ in range(layout.parts)]
+    def store(self, arrays: list[mx.array], layout: _Recorded, tokens: int) -> None:
+        entry = self._entry
+        slots: list[Any] = [*arrays[: layout.slots]]
+        for index in layout.empty:
+            slots.insert(index, None)
+        entry.slots = slots
+        windows = arrays[layout.slots : layout.windows]
+        parts = arrays[layout.windows : layout.parts]
         tape = None if layout.tape is None else layout.tape(*parts)
-        after = layout.after
-        deferred = None if after is None else Deferred(next(given), tape, *after)
-        self._entry.record(tape, *windows, after=deferred)
+        after = None
+        if layout.after is not None:
+            after = Deferred(arrays[layout.parts], tape, *layout.after, layout.form)
+        entry.record(tape, *windows, after=after)
 
 
 def port_of(entry: Any, tokens: int, rows: int) -> Port | str:
@@ -275,10 +302,6 @@ def _shapes(slots: Sequence[mx.array | None]) -> tuple[Shape | None, ...]:
     return tuple(None if slot is None else _shape(slot) for slot in slots)
 
 
-def _filled(slots: Sequence[Any]) -> int:
-    return sum(slot is not None for slot in slots)
-
-
 def _fill(shapes: Sequence[Shape | None], arrays: Sequence[mx.array]) -> list[Any]:
     given = iter(arrays)
     return [None if shape is None else next(given) for shape in shapes]
@@ -290,6 +313,13 @@ def _slots_cache(slots: list[Any]) -> Any:
     return cache
 
 
-def _parts(tape: Any) -> list[mx.array]:
+def _parts(tape: Any) -> tuple[mx.array, ...]:
     """The arrays of a tape, in the order of its constructor."""
-    return [getattr(tape, field.name) for field in attrs.fields(type(tape))]
+    kind: Any = type(tape)
+    found: tuple[mx.array, ...] = _fields_of(kind)(tape)
+    return found
+
+
+@lru_cache(maxsize=8)
+def _fields_of(tape: Any) -> attrgetter[Any]:
+    return attrgetter(*(field.name for field in attrs.fields(tape)))

@@ -11,7 +11,7 @@ which replays and verifies in one launch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -54,7 +54,8 @@ class TapeReplayRollback:
         (``fixed-length-caches``)."""
         self._trim = TrimRollback()
         self._trim.tune(settings)
-        self._use = gated_delta.prefer(settings.use("gated-delta"))
+        use = gated_delta.prefer(settings.use("gated-delta"))
+        self._delta_replay = partial(gated_delta.replay, use=use)
         choice = settings.choice("replay-verify")
         if choice != AUTO:
             self._defers = choice != OFF
@@ -77,9 +78,9 @@ class TapeReplayRollback:
             raise UsageError(
                 f"tape-replay cannot take back a {type(entry).__name__}", "use snapshot"
             )
-        return (
-            _OneToken(entry) if tokens == 1 else _Recorded(entry, tokens, self._use, self._defers)
-        )
+        if tokens == 1:
+            return _OneToken(entry)
+        return _Recorded(entry, tokens, self._delta_replay, self._defers)
 
     def _child(self, entry: Any, block: mx.array) -> LayerSpeculation:
         if type(entry) is KVCache:
@@ -146,7 +147,7 @@ class _Recorded:
     Args:
         entry: the cache.
         tokens: of the block.
-        use: the kernel that replays.
+        delta_replay: (state, tape, count) -> the state after them.
         defers: whether commits leave the replay to whoever wants the state.
     """
 
@@ -156,14 +157,14 @@ class _Recorded:
         self,
         entry: Any,
         tokens: int,
-        use: gated_delta.Preference | None,
+        delta_replay: Callable[..., mx.array],
         defers: bool,
     ) -> None:
         self._cache = entry
         slots = entry.cache
         self._before: list[Any] = slots if isinstance(slots, DeferredSlots) else list(slots)
         self._tokens = tokens
-        self._delta_replay = partial(gated_delta.replay, use=use)
+        self._delta_replay = delta_replay
         self.entry = RecordingEntry(entry, defers)
         self.started: list[mx.array] = []
 
@@ -203,10 +204,16 @@ class _Recorded:
         object, before the next block is verified and while the device drafts: so there are never
         more than two states of a layer, `before` and its neighbour, and no commit waits for it.
         """
-        tape = gated_delta.concat_tapes(self.entry.tapes)
-        deferred = Deferred(before, tape, _count(num_accepted), self._delta_replay)
-        late = partial(_windows, self.entry, num_accepted)
-        return DeferredSlots(self.entry.windows[0], deferred, late)
+        entry, count = self.entry, _count(num_accepted)
+        tapes, windows, last = entry.tapes, entry.windows[0], entry.deferred
+        if len(tapes) > 1 or not isinstance(count, int):
+            tape = gated_delta.concat_tapes(tapes)
+            deferred = Deferred(before, tape, count, self._delta_replay)
+            return DeferredSlots(windows, deferred, partial(_windows, entry, num_accepted))
+        form = None if last is None else last.form
+        deferred = Deferred(before, tapes[0], count, self._delta_replay, form)
+        sizes = [slot.shape[1] for slot in entry.slots[:-1]]
+        return DeferredSlots(windows, deferred, partial(_cut, windows, sizes, count))
 
 
 def _windows(entry: RecordingEntry, num_accepted: Sequence[int]) -> list[mx.array]:
@@ -216,10 +223,14 @@ def _windows(entry: RecordingEntry, num_accepted: Sequence[int]) -> list[mx.arra
     whole = entry.windows[0] if len(entry.windows) == 1 else _joined(entry)
     sizes = [slot.shape[1] for slot in entry.slots[: len(whole)]]
     if start is not None:
-        return [x[:, start : start + w] for x, w in zip(whole, sizes, strict=True)]
+        return _cut(whole, sizes, start)
     starts = mx.array(list(num_accepted))[:, None, None] + 1
     at = [starts + mx.arange(w)[:, None] for w in sizes]
     return [mx.take_along_axis(x, i, axis=1) for x, i in zip(whole, at, strict=True)]
+
+
+def _cut(windows: Sequence[mx.array], sizes: Sequence[int], start: int) -> list[mx.array]:
+    return [x[:, start : start + w] for x, w in zip(windows, sizes, strict=True)]
 
 
 def _joined(entry: RecordingEntry) -> list[mx.array]:

@@ -272,6 +272,8 @@ class Draft:
             drawn from their law all the same: a policy may end there, and need not.
         source: name of the drafter that proposed it; the engine fills it in where empty.
         filled: slots that were filled for it, where those are more than its tokens.
+        ids_below: every id in it is at least 0 and below this by how it came about, an argmax over
+            so many logits for one; None has the engine look at them, on the device.
     """
 
     tokens: mx.array
@@ -282,13 +284,19 @@ class Draft:
     source: str = ""
     lengths: mx.array | None = None
     filled: int | None = None
+    ids_below: int | None = None
 
     @classmethod
     def deterministic(
-        cls, tokens: mx.array, healthy: mx.array | None = None, source: str = ""
+        cls,
+        tokens: mx.array,
+        healthy: mx.array | None = None,
+        source: str = "",
+        ids_below: int | None = None,
     ) -> Draft:
         """A draft of chosen tokens [B, K]: q is one-hot at each."""
-        return cls(tokens.astype(mx.int32), healthy=healthy, source=source)
+        tokens = tokens.astype(mx.int32)
+        return cls(tokens, healthy=healthy, source=source, ids_below=ids_below)
 
     @classmethod
     def empty(cls, rows: int = 1) -> Draft:

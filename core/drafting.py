@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import reduce
+from operator import and_
 
 import attrs
 import mlx.core as mx
@@ -131,25 +133,29 @@ class GuardedDrafter:
             )
 
     def _with_health(self, draft: Draft) -> Draft:
-        """Lazily: are all ids in the vocabulary and all numbers finite? Ids are clipped, so that
-        using a bad one is harmless."""
+        """Lazily: are all ids in the vocabulary and all numbers finite? Ids that may not be are
+        clipped, so that using a bad one is harmless."""
         if not draft.width:
             return draft
-        tokens, healthy = self._clip(draft.tokens)
-        candidates = draft.candidates
-        if candidates is not None:
-            candidates, inside = self._clip(candidates)
-            healthy = healthy & inside
+        tokens, candidates, found = draft.tokens, draft.candidates, []
+        if draft.ids_below is None or draft.ids_below > self._vocab_size:
+            tokens, inside = self._clip(tokens)
+            found.append(inside)
+            if candidates is not None:
+                candidates, inside = self._clip(candidates)
+                found.append(inside)
         if draft.probs is not None:
-            healthy = healthy & mx.isfinite(draft.probs).reshape(1, -1).all(axis=1)
+            found.append(mx.isfinite(draft.probs).reshape(1, -1).all(axis=1))
+        if not found and draft.source:
+            return draft
         if draft.healthy is not None:
-            healthy = healthy & draft.healthy.astype(mx.bool_)
+            found.append(draft.healthy.astype(mx.bool_))
         return attrs.evolve(
             draft,
             source=draft.source or self._drafter.info.name,
             tokens=tokens,
             candidates=candidates,
-            healthy=healthy,
+            healthy=reduce(and_, found) if found else None,
         )
 
     def _clip(self, ids: mx.array) -> tuple[mx.array, mx.array]:

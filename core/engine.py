@@ -447,8 +447,7 @@ class Engine:
                 f"acceptance policy {self.acceptance.info.name!r} gave num_accepted "
                 f"{accepted} of {width} and next token {following}"
             )
-        outcome = self._decide(accepted, (*drafted[:accepted], following))
-        outcome = attrs.evolve(outcome, offered=max(accepted, offered))
+        outcome = self._decide(accepted, (*drafted[:accepted], following), max(accepted, offered))
         blocked = () if dead is None else [flag != 0 for flag in row[-width - 1 :]]
         self._processing.check_used(len(outcome.tokens), blocked)
         if self._scores is not None:
@@ -456,11 +455,11 @@ class Engine:
             outcome = attrs.evolve(outcome, logprobs=records)
         return outcome, next_token
 
-    def _decide(self, accepted: int, tokens: tuple[int, ...]) -> Outcome:
+    def _decide(self, accepted: int, tokens: tuple[int, ...], offered: int) -> Outcome:
         """Cut the block where the text ends."""
         request = self._request
         if self._cancelled():
-            return Outcome(accepted, None, (), (), "cancelled")
+            return Outcome(accepted, None, (), (), "cancelled", offered=offered)
         reason: FinishReason | None = None
         tokens = tokens[: self._room.tokens - self.stats.generated_tokens]
         end = next((i for i, t in enumerate(tokens) if t in request.eos_token_ids), None)
@@ -468,7 +467,9 @@ class Engine:
             tokens, reason = tokens[: end + 1], "stop"
         elif self.stats.generated_tokens + len(tokens) >= self._room.tokens:
             reason = "length"
-        return Outcome(accepted, len(tokens) - 1, tokens, (self._anchor, *tokens[:-1]), reason)
+        committed = (self._anchor, *tokens[:-1])
+        kept = len(tokens) - 1
+        return Outcome(accepted, kept, tokens, committed, reason, offered=offered)
 
     def _roll_back(self, speculation: Speculation, outcome: Outcome) -> None:
         if outcome.finish_reason is not None:

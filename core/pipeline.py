@@ -439,14 +439,14 @@ class TextGeneration(Iterator[Chunk]):
 
     def _run(self) -> Generator[Chunk, None, None]:
         engine, eos = self._engine, getattr(self._pipeline.tokenizer, "eos_token_ids", ())
-        on_cycle = self._options.on_cycle or (lambda event: None)
+        on_cycle = self._options.on_cycle
         try:
             with wired_limit(self._pipeline.model):
                 for event in engine.cycles():
                     chunk = self._chunk(event, eos)
-                    on_cycle(
-                        attrs.evolve(event, token_ids=chunk.token_ids, logprobs=chunk.logprobs)
-                    )
+                    if on_cycle is not None:
+                        tokens, scores = chunk.token_ids, chunk.logprobs
+                        on_cycle(attrs.evolve(event, token_ids=tokens, logprobs=scores))
                     yield chunk
                     if chunk.finish_reason is not None:
                         return

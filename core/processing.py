@@ -29,6 +29,7 @@ class LogitsProcessing:
 
     def __init__(self, params: SamplingParams, prompt: Sequence[int], text: list[int]) -> None:
         self._params = params
+        self._edits = params.edits_logits
         self._prompt = tuple(prompt)
         self._text = text
         self._failed: tuple[int, Exception] | None = None
@@ -49,7 +50,9 @@ class LogitsProcessing:
             GenerationError: a processor failed on tokens that are part of the text already, or
                 there are several rows.
         """
-        if self._params.edits_logits and block.shape[0] != 1:
+        if not self._edits:
+            return logits
+        if block.shape[0] != 1:
             raise GenerationError(
                 f"bias, penalties and processors serve one text, not {block.shape[0]} rows",
                 "generate the texts one by one",

@@ -28,12 +28,15 @@ class Deferred:
         tape: per-token updates.
         count: entries to replay: one number, or int32 with one for each row.
         replay: (state, tape, count) -> the state after them, lazily.
+        form: of the next pass, where a traced one left this: see `draftloom.adapters`. It is the
+            same for every count, so that nobody has to look at the arrays again.
     """
 
     state: mx.array
     tape: Any
     count: int | mx.array
     replay: Callable[[mx.array, Any, Any], mx.array]
+    form: Any = None
 
     def result(self) -> mx.array:
         """The state as a lazy array."""
@@ -137,7 +140,11 @@ class RecordingEntry:
         self.deferred: Deferred | None = None
         if defers and isinstance(slots, DeferredSlots):
             self.deferred = slots.deferred
-        self.slots: list[Any] = list(slots) if self.deferred is None else [*slots.windows, None]
+        if self.deferred is None:
+            self.slots: list[Any] = list(slots)
+        else:
+            self.slots = slots.windows
+            self.slots.append(None)
         self.tapes: list[Any] = []
         self.windows: list[tuple[mx.array, ...]] = []
         self.defers = defers

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import attrs
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -152,10 +153,11 @@ class AutoregressiveSession:
         proposed = mx.concatenate(tokens, axis=1).astype(mx.int32)
         self._speculation.block = mx.concatenate([anchor[:, None], proposed[:, :-1]], axis=1)
         healthy = mx.isfinite(logits).any(axis=-1)
+        below = logits.shape[-1]
+        draft = Draft.deterministic(proposed, healthy, source="autoregressive", ids_below=below)
         if not laws:
-            return Draft.deterministic(proposed, healthy, source="autoregressive")
-        probs = mx.stack(laws, axis=1)
-        return Draft(proposed, DraftLaw.DENSE, probs, healthy=healthy, source="autoregressive")
+            return draft
+        return attrs.evolve(draft, law=DraftLaw.DENSE, probs=mx.stack(laws, axis=1))
 
     def _catch_up(self) -> None:
         if self._speculation is not None:  # proposed, and nothing came of it

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import attrs
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -21,7 +22,7 @@ from draftloom.contracts import ComponentInfo, Draft, DraftLaw, DraftRequest, Ne
 from draftloom.errors import ModelError
 from draftloom.sampling import SamplingState
 
-from .dflash.base import BlockDrafter, BlockSession
+from .dflash.base import BlockDrafter, BlockSession, all_finite
 from .dflash.context import ContextCache
 from .dflash.model import ALL_ROWS, DFlashLayer, DFlashModel, Masks
 
@@ -203,12 +204,15 @@ class DFlash2Session(BlockSession):
         first, others = loaded.network.candidate_selector(hidden, kept, candidates, anchor)
         chosen, laws = self._walk(first, others, sampling)
         tokens = mx.take_along_axis(candidates, chosen[..., None], axis=-1)[..., 0]
-        healthy = mx.isfinite(first).all(axis=1) & mx.isfinite(others).all(axis=(1, 2, 3))
-        healthy = healthy & mx.isfinite(hidden).all(axis=(1, 2))
+        draft = Draft.deterministic(
+            tokens,
+            all_finite(first, others, hidden),
+            source="dflash2",
+            ids_below=loaded.ids_below(logits),
+        )
         if laws is None:
-            return Draft.deterministic(tokens, healthy, source="dflash2")
-        law = DraftLaw.TOP_K
-        return Draft(tokens, law, laws, candidates, healthy=healthy, source="dflash2")
+            return draft
+        return attrs.evolve(draft, law=DraftLaw.TOP_K, probs=laws, candidates=candidates)
 
     @staticmethod
     def _walk(

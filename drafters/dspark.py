@@ -20,7 +20,7 @@ from draftloom.contracts import ComponentInfo, Draft, DraftLaw, DraftRequest, Ne
 from draftloom.errors import UsageError
 from draftloom.sampling import SamplingState, target_law
 
-from .dflash.base import BlockDrafter, BlockSession
+from .dflash.base import BlockDrafter, BlockSession, all_finite
 from .dflash.block import LoadedDrafter
 from .dflash.model import DFlashModel
 
@@ -186,14 +186,14 @@ class DSparkSession(BlockSession):
                 token = drawn.astype(mx.int32)
             tokens.append(token)
         proposed = mx.stack(tokens, axis=1)
-        healthy = mx.isfinite(hidden).all(axis=(1, 2)) & mx.isfinite(base).all(axis=(1, 2))
         return Draft(
             proposed,
             DraftLaw.DENSE if laws else DraftLaw.DETERMINISTIC,
             mx.stack(laws, axis=1) if laws else None,
-            healthy=healthy,
+            healthy=all_finite(hidden, base),
             source="dspark",
             lengths=self._lengths(confidences),
+            ids_below=loaded.ids_below(base),
         )
 
     def _confidence(self, hidden: mx.array, with_row: mx.array) -> mx.array:

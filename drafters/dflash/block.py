@@ -213,6 +213,11 @@ class LoadedDrafter:
         """The target's ids int32 of tokens of the draft vocabulary."""
         return tokens.astype(mx.int32) if self.target_ids is None else self.target_ids[tokens]
 
+    def ids_below(self, logits: mx.array) -> int:
+        """What the target's ids are below of tokens chosen by logits [..., draft vocabulary].
+        `target_ids` were looked at when they were loaded."""
+        return logits.shape[-1] if self.target_ids is None else self.description.vocab_size
+
 
 def embedding_factor(description: DrafterDescription, target: TargetAdapter) -> float:
     """What the target's embeddings are multiplied by for a drafter.
@@ -381,12 +386,13 @@ class BlockContext:
             raise ValueError(f"{self._loaded.description.drafter} needs the target's hidden states")
         if len({len(row) for row in committed}) > 1:
             raise ValueError("rows of different lengths cannot share a context cache")
+        tokens = len(committed[0])
         if self._written:
             self._written = False
             for entry in self._cache:
-                entry.advance(len(committed[0]))
+                entry.advance(tokens)
             return
-        self._pending.append(features[:, : len(committed[0])])
+        self._pending.append(features[:, :tokens])
         if sum(rows.shape[1] for rows in self._pending) >= MAX_PENDING:
             self._extend()
             mx.async_eval([entry.arrays for entry in self._cache])

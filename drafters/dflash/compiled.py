@@ -169,13 +169,14 @@ class CompiledBlock:
         offset, more = cache[0].offset, extra[0].shape[1] if extra else 0
         for entry in cache:
             entry.reserve(embeddings.shape[1] + more)
-        shapes = [tuple((a.shape, a.dtype) for a in entry.arrays) for entry in cache]
-        kinds = tuple((entry.sinks, entry.window) for entry in cache)
-        given = tuple((a.shape, a.dtype) for a in (embeddings, *extra))
-        trace = self._traces.of(
-            (given, rows.start, rows.stop, *shapes, kinds), partial(self._trace, kinds, rows)
-        )
         taken = [entry.arrays for entry in cache]
+        # Of one network's buffers no more than the rows can differ.
+        kinds = tuple([(entry.sinks, entry.window) for entry in cache])
+        lengths = tuple([arrays[0].shape[2] for arrays in taken])
+        given = tuple([(array.shape, array.dtype) for array in (embeddings, *extra)])
+        trace = self._traces.of(
+            (given, rows.start, rows.stop, lengths, kinds), partial(self._trace, kinds, rows)
+        )
         for entry in cache:
             entry.arrays = []  # nobody but the graph holds them: they are written where they lie
         try:

@@ -14,7 +14,7 @@ import attrs
 import mlx.core as mx
 
 from draftloom.errors import UsageError
-from draftloom.row_writes import traced_rows
+from draftloom.row_writes import LEAST_ROWS, traced_rows
 
 __all__ = ["ContextCache", "ContextWindow"]
 
@@ -96,6 +96,7 @@ class ContextCache:
         window: N, last positions that are kept; None keeps every position.
 
     Attributes:
+        limit: most positions kept; None is no limit.
         offset: committed positions so far, kept or not.
         arrays: the buffers of keys and values, [B, heads, rows, size] each; none while empty. Rows
             from `held` on are free.
@@ -103,14 +104,10 @@ class ContextCache:
 
     def __init__(self, sinks: int = 0, window: int | None = None) -> None:
         self.sinks, self.window = sinks, window
+        self.limit = None if window is None else sinks + window
         self.offset = 0
         self._widest = 0  # rows of a block so far: they stand behind a full context
         self.arrays: list[mx.array] = []
-
-    @property
-    def limit(self) -> int | None:
-        """Most positions kept; None is no limit."""
-        return None if self.window is None else self.sinks + self.window
 
     @property
     def held(self) -> int:
@@ -164,9 +161,12 @@ class ContextCache:
     def reserve(self, tokens: int) -> None:
         """Make room for a block of so many tokens behind a context that is not empty. Whoever asks
         traces each length anew: see `traced_rows`."""
+        rows, limit = self.arrays[0].shape[2], self.limit
+        needed = tokens + (self.offset if limit is None or self.offset < limit else limit)
+        if needed <= rows >= LEAST_ROWS and tokens <= self._widest:
+            return  # as nearly always: this runs for every layer in every cycle
         self._widest = max(self._widest, tokens)
-        needed = self.held + tokens
-        rows = traced_rows(self.rows, needed)
+        rows = traced_rows(rows, needed)
         if self.limit is not None:
             rows = max(needed, min(rows, self.limit + tokens))
         self._room(rows, *self.arrays)

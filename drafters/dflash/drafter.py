@@ -7,7 +7,7 @@ import mlx.core as mx
 from draftloom.contracts import ComponentInfo, Draft, DraftLaw, DraftRequest, Need
 from draftloom.sampling import SamplingState
 
-from .base import BlockDrafter, BlockSession
+from .base import BlockDrafter, BlockSession, all_finite
 from .block import LoadedDrafter
 
 __all__ = ["DFlashDrafter"]
@@ -84,5 +84,10 @@ class DFlashSession(BlockSession):
         # A soft cap keeps the order of logits, so that the argmax needs none.
         tokens = mx.argmax(logits, axis=-1)
         top = mx.take_along_axis(logits, tokens[..., None], axis=-1)
-        healthy = mx.isfinite(hidden).all(axis=(1, 2)) & mx.isfinite(top).all(axis=(1, 2))
-        return Draft.deterministic(self._loaded.to_target(tokens), healthy, source="dflash")
+        loaded = self._loaded
+        return Draft.deterministic(
+            loaded.to_target(tokens),
+            all_finite(hidden, top),
+            source="dflash",
+            ids_below=loaded.ids_below(logits),
+        )

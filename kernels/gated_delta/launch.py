@@ -286,12 +286,16 @@ def row_counts(n: int | Sequence[int] | mx.array, rows: int) -> mx.array:
     Returns:
         [max(B, 4)] int32; entries past B mean nothing.
     """
-    size = row_entries(rows)
     if isinstance(n, int):
-        return _constant_counts((n,) * size)
+        return _same_counts(n, rows)
     if not isinstance(n, mx.array):
-        return _constant_counts((*n, *[0] * (size - len(n))))
+        return _constant_counts((*n, *[0] * (row_entries(rows) - len(n))))
     return per_row(n, rows)
+
+
+@lru_cache(maxsize=64)
+def _same_counts(number: int, rows: int) -> mx.array:
+    return _constant_counts((number,) * row_entries(rows))
 
 
 @lru_cache(maxsize=64)

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm.generate import generate_step
 
-from draftloom.adapters import compiled_pass
+from draftloom.adapters import compiled_pass, traced_caches
 from draftloom.adapters.compiled_pass import MOST_TOKENS, MOST_TRACES
 from draftloom.errors import GenerationError
 from draftloom.kernel_settings import KernelSettings, implementations
@@ -277,6 +277,36 @@ def test_what_is_exchanged_is_seen(change: str) -> None:
         assert target.compiled.traced == 2
         assert mx.array_equal(given.logits, expected.logits)
         assert (given.features is None) == (change != "tap")
+
+
+def test_the_form_of_the_next_pass_is_known_to_the_trace() -> None:
+    """What a trace says of a pass over the state that it leaves is what its arrays say; equal forms
+    are one object; and widths that come again are not traced again."""
+    family = models.FAMILIES["qwen3_5-v2"]
+    choices = {**ON, "replay-verify": "on"}
+    with pipelines.builder(models.new(family)).drafter("none").kernels(choices).build() as pipeline:
+        target, open_speculation = pipeline._parts.target, pipeline._parts.open_speculation
+        cache = target.make_cache()
+        target.forward(mx.array([PROMPT]), cache)
+        forms: set[int] = set()
+        for cycle in range(24):
+            width = (3, 5, 3, 3, 5, 5)[cycle % 6]
+            block = mx.array([[(cycle * 5 + i) % models.VOCAB for i in range(width)]])
+            speculation = open_speculation(cache, block)
+            target.forward(block, speculation.cache)
+            speculation.commit((cycle % width,))
+            for entry in cache:
+                left = getattr(getattr(entry, "cache", None), "deferred", None)
+                if left is not None:
+                    made = traced_caches._RecordForm.after(entry.cache.windows, left)
+                    assert left.form == made
+                    forms.add(id(left.form))
+            if cycle == 11:
+                traced = target.compiled.traced
+        assert len(forms) == 2  # one for each width
+        assert target.compiled.replayed == 24
+        assert target.compiled.traced == traced
+        assert mx.isfinite(target.forward(mx.array([[1]]), cache).logits).all()
 
 
 def test_buffers_are_written_where_they_lie() -> None:

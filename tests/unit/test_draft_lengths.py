@@ -181,6 +181,29 @@ def test_lengths_of_a_wrong_shape_give_the_drafter_up() -> None:
     assert draft.width == 0
 
 
+@pytest.mark.parametrize(("below", "looked_at"), [(8, False), (9, True), (None, True)])
+def test_ids_that_cannot_be_outside_are_not_looked_at(below: int | None, looked_at: bool) -> None:
+    """Looking is five launches a cycle on a GPU."""
+    tokens = mx.array([[1, 2]], dtype=mx.int32)
+
+    class Bounded:
+        info = ComponentInfo("bounded")
+
+        def open(self, request: Any) -> Any:
+            return self
+
+        def propose(self, anchor: mx.array, width: int, sampling: Any) -> Draft:
+            return Draft(tokens, ids_below=below)
+
+    guarded = GuardedDrafter(Bounded(), 8, GenerationStats())  # type: ignore[arg-type]
+    guarded.open(None)  # type: ignore[arg-type]
+    draft = guarded.propose(mx.array([1]), 2, 2, state())
+    assert draft.source == "bounded"
+    assert (draft.tokens is not tokens) == looked_at
+    assert (draft.healthy is not None) == looked_at
+    assert draft.tokens.tolist() == [[1, 2]]
+
+
 def test_the_engine_counts_what_the_drafter_stood_by() -> None:
     """Right drafts that end after one token: each is accepted, what lies past was not refused. The
     width policy is told how wide the pass was: that is what the time was spent on."""

@@ -28,6 +28,7 @@ from draftloom.abilities import BindContext
 from draftloom.composite import CompositeRollback
 from draftloom.drafters.autoregressive import AutoregressiveDrafter
 from draftloom.drafters.cascade import CascadeDrafter
+from draftloom.drafters.dflash.base import all_finite
 from draftloom.drafters.formats import describe_checkpoint
 from draftloom.drafters.none import NoDrafter
 from draftloom.sampling import target_law
@@ -379,3 +380,23 @@ def test_none_is_plain_decoding() -> None:
     assert (result.stats.cycles, result.stats.drafted) == (COUNT - 1, 0)
     assert pipeline.names["width"] == "fixed 0"
     assert NoDrafter().open(REQUEST).propose(mx.array([1, 2]), 3, GREEDY).tokens.shape == (2, 0)
+
+
+# --- numbers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [mx.nan, mx.inf, -mx.inf])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
+def test_one_number_that_is_none_spoils_its_row(value: float, dtype: mx.Dtype) -> None:
+    most = float(mx.finfo(dtype).max)
+    hidden = mx.full((3, 4, 33), most).astype(dtype)
+    hidden = hidden * mx.where(mx.arange(33) % 2, 1, -1).astype(dtype)
+    logits = mx.zeros((3, 5), dtype=mx.float32)
+    assert all_finite(hidden, logits).tolist() == [True] * 3
+    for row, slot, column in ((0, 0, 0), (1, 3, 32), (2, 1, 7)):
+        spoiled = mx.array(hidden)
+        spoiled[row, slot, column] = value
+        assert all_finite(spoiled, logits).tolist() == [i != row for i in range(3)]
+        spoiled = mx.array(logits)
+        spoiled[row, slot] = value
+        assert all_finite(hidden, spoiled).tolist() == [i != row for i in range(3)]

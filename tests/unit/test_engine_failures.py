@@ -129,7 +129,18 @@ FAILURES = {
     "id -1": ("propose", proposal([[-1, 2]]), "outside the vocabulary"),
     "id 2**40": ("propose", proposal(mx.array([[2**40]], dtype=mx.int64)), "outside"),
     "id 2**32": ("propose", proposal(mx.array([[2**32]], dtype=mx.int64)), "outside"),
+    "id V, below V + 1": (
+        "propose", proposal([[1, VOCAB]], ids_below=VOCAB + 1), "outside the vocabulary",
+    ),
     "unhealthy": ("propose", proposal(TWO, healthy=mx.array([False])), "not finite"),
+    "unhealthy, ids in bounds": (
+        "propose", proposal(TWO, healthy=mx.array([False]), ids_below=VOCAB), "not finite",
+    ),
+    "NaN rows, ids in bounds": (
+        "propose",
+        proposal(TWO, law=DraftLaw.DENSE, probs=dense(mx.nan), ids_below=VOCAB),
+        "not finite",
+    ),
     "health of another shape": ("propose", proposal(TWO, healthy=mx.array([True] * 2)), ""),
     "law without rows": ("propose", proposal(TWO, law=DraftLaw.DENSE), ""),
     "flat rows": ("propose", proposal(TWO, law=DraftLaw.DENSE, probs=mx.ones((1, 2))), ""),
