@@ -33,9 +33,12 @@ def register_target_adapters(register: Register) -> None:
 @hookimpl
 def register_kernels(register: Register) -> None:
     """How a pass is launched: layer by layer, or traced once and replayed."""
-    full = "compiled-pass/on"
-    summary = "the target's pass is traced once and replayed"
-    register(full, "draftloom.adapters.compiled_pass:on", ComponentInfo(full, summary))
+    for name, summary in (
+        ("on", "the target's pass is traced once and replayed"),
+        ("ahead", "the same, and the next block is launched before the host knows what was kept"),
+    ):
+        full = f"compiled-pass/{name}"
+        register(full, f"draftloom.adapters.compiled_pass:{name}", ComponentInfo(full, summary))
     module = "draftloom.adapters.early_launch"
     for name, summary in (("eighths", "a pass in eight pieces"), ("every-layer", "layer by layer")):
         full = f"early-launch/{name}"

@@ -22,7 +22,7 @@ from draftloom.contracts import CacheKind, ComponentInfo, LayerSpeculation, Need
 from draftloom.errors import UsageError
 from draftloom.kernel_settings import AUTO, OFF, KernelSettings
 from draftloom.kernels import gated_delta, ssm
-from draftloom.recording import Deferred, DeferredSlots, RecordingEntry
+from draftloom.recording import Deferred, DeferredSlots, OnDevice, RecordingEntry
 
 from .trim import TrimRollback
 
@@ -182,6 +182,28 @@ class _Recorded:
                 kept += self.started
         self._cache.cache = kept
 
+    @property
+    def commits_ahead(self) -> bool:
+        """Whether the pass left its state to be replayed: then only a count is missing."""
+        return self.entry.before is not None and len(self.entry.tapes) == 1
+
+    def commit_ahead(self, kept: OnDevice) -> None:
+        entry, last = self.entry, self.entry.deferred
+        assert entry.before is not None
+        assert last is not None
+        rows = entry.before.shape[0]
+        count = kept.once("count", partial(gated_delta.row_counts, rows=rows))
+        deferred = Deferred(entry.before, entry.tapes[0], count, self._delta_replay, last.form)
+        sizes = [slot.shape[1] for slot in entry.slots[:-1]]
+        late = partial(_gather, entry.windows[0], sizes, kept)
+        self._cache.cache = DeferredSlots(entry.windows[0], deferred, late)
+
+    def follow(self, behind: mx.array) -> None:
+        """What the slots are made of has the number in it."""
+
+    def settle(self, dropped: int) -> None:
+        """Nothing here counts tokens."""
+
     def abort(self) -> None:
         deferred = isinstance(self._before, DeferredSlots)
         self._cache.cache = self._before if deferred else list(self._before)
@@ -224,13 +246,21 @@ def _windows(entry: RecordingEntry, num_accepted: Sequence[int]) -> list[mx.arra
     sizes = [slot.shape[1] for slot in entry.slots[: len(whole)]]
     if start is not None:
         return _cut(whole, sizes, start)
-    starts = mx.array(list(num_accepted))[:, None, None] + 1
-    at = [starts + mx.arange(w)[:, None] for w in sizes]
-    return [mx.take_along_axis(x, i, axis=1) for x, i in zip(whole, at, strict=True)]
+    return _gather(whole, sizes, OnDevice(mx.array(list(num_accepted))))
 
 
 def _cut(windows: Sequence[mx.array], sizes: Sequence[int], start: int) -> list[mx.array]:
     return [x[:, start : start + w] for x, w in zip(windows, sizes, strict=True)]
+
+
+def _gather(windows: Sequence[mx.array], sizes: Sequence[int], kept: OnDevice) -> list[mx.array]:
+    """As `_cut`, of rows that keep different numbers, or one that the host does not know."""
+
+    def place(tokens: mx.array, size: int) -> mx.array:
+        return tokens[:, None, None] + mx.arange(size)[:, None]
+
+    at = [kept.once(("window", size), partial(place, size=size)) for size in sizes]
+    return [mx.take_along_axis(x, i, axis=1) for x, i in zip(windows, at, strict=True)]
 
 
 def _joined(entry: RecordingEntry) -> list[mx.array]:

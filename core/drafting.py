@@ -36,9 +36,6 @@ class GuardedDrafter:
         drafter: the drafter.
         vocab_size: V of the target.
         stats: told why the drafter was given up.
-
-    Attributes:
-        drafted: tokens of the last proposal, before any of them was left unverified.
     """
 
     def __init__(self, drafter: Drafter, vocab_size: int, stats: GenerationStats) -> None:
@@ -47,7 +44,6 @@ class GuardedDrafter:
         self._stats = stats
         self._session: DraftSession | None = None
         self._early: DraftsAhead | None = None
-        self.drafted = 0
 
     @property
     def alive(self) -> bool:
@@ -82,33 +78,32 @@ class GuardedDrafter:
 
     def propose(self, anchor: mx.array, draft: int, verify: int, sampling: SamplingState) -> Draft:
         """A draft of at most `verify` tokens out of `draft` slots; empty when there is none."""
-        self.drafted = 0
         if self._session is None or min(draft, verify) <= 0:
             return Draft.empty()
         try:
             proposal = propose_first(self._session, anchor, draft, min(verify, draft), sampling)
             _check_shapes(proposal, draft, self._vocab_size)
-            usable = self._with_health(proposal.first(verify))
+            return self._with_health(proposal.first(verify))
         except Exception as error:  # noqa: BLE001 a drafter may fail in any way
             self.give_up(one_line(error))
             return Draft.empty()
-        self.drafted = proposal.width if proposal.filled is None else proposal.filled
-        return usable
 
     def launch_ahead(
         self, features: mx.array | None, kept: mx.array, anchor: mx.array, draft: int, verify: int
-    ) -> None:
+    ) -> bool:
         """Launch the next draft before it is known how many tokens are `kept` ([1] int32), if the
-        session can. `observe` and `propose` follow as ever."""
+        session can; whether it could. `observe` and `propose` follow as ever."""
         early = self._early if self._session is not None else None
         if early is None or features is None or min(draft, verify) <= 0:
-            return
+            return False
         try:
             tokens = early.propose_ahead(features, kept, anchor, draft, min(verify, draft))
             if tokens is not None:
                 mx.async_eval(tokens)
+            return tokens is not None
         except Exception as error:  # noqa: BLE001 a drafter may fail in any way
             self.give_up(one_line(error))
+            return False
 
     def drop(self, reason: str) -> None:
         """Go on with the target alone for a reason that is not the drafter's; it was said."""

@@ -7,7 +7,8 @@ handled by the same cycle with K = 0, so that there is one path for all tokens.
 
 A cycle blocks on the device once, in `Engine._read`. The next draft is launched before the
 tokens just read are handed out, so that the device works while the host makes text of them; a
-plain cycle that follows a plain cycle is launched whole, before the read (`draftloom.lookahead`).
+plain cycle that follows a plain cycle is launched whole, before the read, and so is a block after
+a block where everything on the way can do that (`draftloom.lookahead`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import attrs
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from draftloom.abilities import Reporting, Traces, serving
+from draftloom.abilities import Reporting, Traces, VerifiesAhead, serving
 from draftloom.contracts import (
     AcceptancePolicy,
     CacheKind,
@@ -90,8 +91,10 @@ class Engine:
             prompt_tokens=len(request.prompt), mismatch=parts.monitor.message
         )
         self._past = max((getattr(entry, "offset", 0) for entry in self._cache), default=0)
-        self._room = Room.of(parts.target.info, request, self._past)
-        self._traces = isinstance(parts.target, Traces) and parts.target.traces
+        target = parts.target
+        # A pass that is traced costs more at a length of its own than over a whole block.
+        whole = isinstance(target, Traces) and target.traces and request.sampling.greedy
+        self._room = Room.of(target.info, request, self._past, whole=whole)
         self._emitted: list[int] = []
         self._passed = 0  # draft tokens of the last pass, whoever stood by them
         self._processing = LogitsProcessing(request.sampling, request.prompt, self._emitted)
@@ -100,6 +103,7 @@ class Engine:
         self._plan = parts.graph.compile(self._calls())
         self._ahead = Lookahead(parts.graph.compile(self._calls()), self.sampling)
         self._overlaps = self._may_overlap()
+        self._verifies_ahead = isinstance(target, VerifiesAhead) and target.verifies_ahead
         self._chosen: Width | None = None
         self._drafter = GuardedDrafter(parts.drafter, self._vocab_size, self.stats)
         self._watch = MemoryWatch(parts, self._cache, self._conversion, self._drafter)
@@ -265,7 +269,7 @@ class Engine:
         return CycleEvent(
             index=index,
             token_ids=outcome.tokens,
-            drafted=self._drafter.drafted if draft.width else 0,
+            drafted=draft.width if draft.filled is None else draft.filled,
             verified=outcome.offered,
             accepted=outcome.num_accepted,
             source=draft.source,
@@ -393,23 +397,34 @@ class Engine:
         if self._passed:
             plan = self._plan
             kept, anchor, width = plan.get("num_accepted"), plan.get("next_token"), self._chosen
-            widths = width.draft, min(width.verify, self._room_for(width, 2))
-            self._drafter.launch_ahead(plan.get("features"), kept + 1, anchor, *widths)
+            room = self._room.for_drafts(self.stats.generated_tokens + 2, width.verify)
+            widths = width.draft, min(width.verify, room)
+            features = plan.get("features")
+            made = self._drafter.launch_ahead(features, kept + 1, anchor, *widths)
+            if made and self._verifies_ahead and not self._ahead.failed:
+                self._launch_block(anchor, width)
             return
         if min(self._chosen) > 0 and self._drafter.alive:
             return
         self._chosen = None
-        self._ahead.launch(self._plan)
+        self._ahead.launch(self._plan, Draft.empty())
+
+    def _launch_block(self, anchor: mx.array, width: Width) -> None:
+        """Launch the whole next cycle, whose draft is launched already. Near the end of the text
+        it waits for the number that says how much room is left."""
+        most = self.stats.generated_tokens + self._passed + 2 + width.verify
+        speculation = self._speculation
+        if most > self._room.tokens or not getattr(speculation, "commits_ahead", False):
+            return
+        draft = self._drafter.propose(anchor, *width, self.sampling)
+        if draft.width:
+            self._chosen = None
+            self._ahead.launch(self._plan, draft)
 
     def _draft(self, anchor: mx.array, width: Width) -> Draft:
-        verify = min(width.verify, self._room_for(width, 1), self._conversion.room)
+        room = self._room.for_drafts(self.stats.generated_tokens + 1, width.verify)
+        verify = min(width.verify, room, self._conversion.room)
         return self._drafter.propose(anchor, width.draft, verify, self.sampling)
-
-    def _room_for(self, width: Width, taken: int) -> int:
-        """Draft tokens that may be verified when `taken` more tokens are written. A target that
-        traces its passes verifies a whole block at the end of a text too."""
-        whole = self._traces and self.sampling.params.greedy
-        return self._room.for_drafts(self.stats.generated_tokens + taken, width.verify, whole=whole)
 
     def _speculate(self, anchor: mx.array, draft: Draft) -> tuple[mx.array, Speculation]:
         self._conversion.before_pass()
@@ -476,7 +491,9 @@ class Engine:
             self._ahead.drop()
         if outcome.kept is None:
             speculation.abort()
-        elif not self._ahead.launched:  # else it has committed already
+        elif self._ahead.launched:  # it has committed already
+            self._ahead.settle(outcome.kept)
+        else:
             speculation.commit((outcome.kept,))
 
     def _observe(self, outcome: Outcome, features: mx.array | None) -> None:

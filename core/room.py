@@ -21,19 +21,23 @@ class Room:
     Attributes:
         tokens: that may be generated.
         positions: that the context has for what is written.
+        whole: verify whole blocks to the end of the text, where the context has room for them; what
+            is too much is cut off.
     """
 
     tokens: int
     positions: int
+    whole: bool = False
 
     @classmethod
-    def of(cls, info: TargetInfo, request: EngineRequest, past: int) -> Room:
+    def of(cls, info: TargetInfo, request: EngineRequest, past: int, *, whole: bool) -> Room:
         """See that a prompt can be run, and what is left behind it.
 
         Args:
             info: of the target.
             request: prompt and limit.
             past: tokens that the caches hold before the prompt.
+            whole: as the attribute.
 
         Raises:
             UsageError: an empty prompt, a token outside the vocabulary, a limit below 1, no limit
@@ -53,25 +57,19 @@ class Room:
         if limit is None:
             if wanted is None:
                 raise UsageError("this target states no context limit", "give max_tokens")
-            return cls(wanted, UNKNOWN)
+            return cls(wanted, UNKNOWN, whole)
         room = limit - past - prompt
         if room <= 0:
             raise UsageError(
                 f"the prompt has {past + prompt} tokens, the target's context holds {limit}",
                 "shorten the prompt",
             )
-        return cls(room if wanted is None else min(wanted, room), room)
+        return cls(room if wanted is None else min(wanted, room), room, whole)
 
-    def for_drafts(self, written: int, verify: int, *, whole: bool) -> int:
-        """Draft tokens that may be verified behind `written` tokens.
-
-        Args:
-            written: tokens generated and those that the cycle writes besides.
-            verify: draft tokens of a whole block.
-            whole: verify whole blocks to the end of the text too, where the context has room; what
-                is too much is cut off.
-        """
+    def for_drafts(self, written: int, verify: int) -> int:
+        """Draft tokens that may be verified behind `written` tokens, those generated and those that
+        the cycle writes besides, where `verify` make a whole block."""
         room = self.tokens - written
-        if whole and 0 < room < verify:
+        if self.whole and 0 < room < verify:
             return max(room, min(verify, self.positions - written))
         return room

@@ -19,11 +19,11 @@ from draftloom.room import UNKNOWN, Room
     ],
 )
 def test_drafts_behind_what_is_written(written: int, verify: int, whole: bool, wanted: int) -> None:
-    assert Room(100, UNKNOWN).for_drafts(written, verify, whole=whole) == wanted
+    assert Room(100, UNKNOWN, whole).for_drafts(written, verify) == wanted
 
 
 def test_a_whole_block_ends_where_the_context_does() -> None:
-    room = Room(100, 103)
-    assert room.for_drafts(95, 15, whole=True) == 8
-    assert Room(100, 100).for_drafts(95, 15, whole=True) == 5
-    assert Room(100, UNKNOWN).for_drafts(70_000, 15, whole=True) < 0
+    room = Room(100, 103, whole=True)
+    assert room.for_drafts(95, 15) == 8
+    assert Room(100, 100, whole=True).for_drafts(95, 15) == 5
+    assert Room(100, UNKNOWN, whole=True).for_drafts(70_000, 15) < 0
