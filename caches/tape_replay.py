@@ -71,16 +71,14 @@ class TapeReplayRollback:
         Raises:
             UsageError: a cache that is neither recurrent nor made of such and key/value caches.
         """
-        tokens = block.shape[1]
+        if isinstance(entry, ArraysCache):
+            tokens = block.shape[1]
+            if tokens == 1:
+                return _OneToken(entry)
+            return _Recorded(entry, tokens, self._delta_replay, self._defers)
         if isinstance(entry, CacheList):
             return _Several([self._child(child, block) for child in entry.caches])
-        if not isinstance(entry, ArraysCache):
-            raise UsageError(
-                f"tape-replay cannot take back a {type(entry).__name__}", "use snapshot"
-            )
-        if tokens == 1:
-            return _OneToken(entry)
-        return _Recorded(entry, tokens, self._delta_replay, self._defers)
+        raise UsageError(f"tape-replay cannot take back a {type(entry).__name__}", "use snapshot")
 
     def _child(self, entry: Any, block: mx.array) -> LayerSpeculation:
         if type(entry) is KVCache:
@@ -161,11 +159,11 @@ class _Recorded:
         defers: bool,
     ) -> None:
         self._cache = entry
-        slots = entry.cache
-        self._before: list[Any] = slots if isinstance(slots, DeferredSlots) else list(slots)
         self._tokens = tokens
         self._delta_replay = delta_replay
         self.entry = RecordingEntry(entry, defers)
+        slots = entry.cache
+        self._before: list[Any] = list(slots) if self.entry.deferred is None else slots
         self.started: list[mx.array] = []
 
     def commit(self, num_accepted: Sequence[int]) -> None:
@@ -188,15 +186,10 @@ class _Recorded:
         return self.entry.before is not None and len(self.entry.tapes) == 1
 
     def commit_ahead(self, kept: OnDevice) -> None:
-        entry, last = self.entry, self.entry.deferred
-        assert entry.before is not None
-        assert last is not None
-        rows = entry.before.shape[0]
-        count = kept.once("count", partial(gated_delta.row_counts, rows=rows))
-        deferred = Deferred(entry.before, entry.tapes[0], count, self._delta_replay, last.form)
-        sizes = [slot.shape[1] for slot in entry.slots[:-1]]
-        late = partial(_gather, entry.windows[0], sizes, kept)
-        self._cache.cache = DeferredSlots(entry.windows[0], deferred, late)
+        before = self.entry.before
+        assert before is not None, "asked for by `commits_ahead`"
+        count = kept.once("count", partial(gated_delta.row_counts, rows=before.shape[0]))
+        self._cache.cache = self._left(before, count, partial(_gather, kept=kept))
 
     def follow(self, behind: mx.array) -> None:
         """What the slots are made of has the number in it."""
@@ -227,15 +220,26 @@ class _Recorded:
         more than two states of a layer, `before` and its neighbour, and no commit waits for it.
         """
         entry, count = self.entry, _count(num_accepted)
-        tapes, windows, last = entry.tapes, entry.windows[0], entry.deferred
-        if len(tapes) > 1 or not isinstance(count, int):
-            tape = gated_delta.concat_tapes(tapes)
+        if len(entry.tapes) > 1 or not isinstance(count, int):
+            tape = gated_delta.concat_tapes(entry.tapes)
             deferred = Deferred(before, tape, count, self._delta_replay)
-            return DeferredSlots(windows, deferred, partial(_windows, entry, num_accepted))
+            late = partial(_windows, entry, num_accepted)
+            return DeferredSlots(entry.windows[0], deferred, late)
+        return self._left(before, count, partial(_cut, start=count))
+
+    def _left(self, before: mx.array, count: Any, cut: Callable[..., list[Any]]) -> DeferredSlots:
+        """The slots after `count` tokens of the one pass that there was.
+
+        Args:
+            before: the state before it.
+            count: as of `Deferred`.
+            cut: (inputs of the convolutions, W of each) -> the slots before the state.
+        """
+        entry, last = self.entry, self.entry.deferred
         form = None if last is None else last.form
-        deferred = Deferred(before, tapes[0], count, self._delta_replay, form)
-        sizes = [slot.shape[1] for slot in entry.slots[:-1]]
-        return DeferredSlots(windows, deferred, partial(_cut, windows, sizes, count))
+        deferred = Deferred(before, entry.tapes[0], count, self._delta_replay, form)
+        windows, sizes = entry.windows[0], [slot.shape[1] for slot in entry.slots[:-1]]
+        return DeferredSlots(windows, deferred, partial(cut, windows, sizes))
 
 
 def _windows(entry: RecordingEntry, num_accepted: Sequence[int]) -> list[mx.array]:
@@ -279,6 +283,8 @@ def _agreed(num_accepted: Sequence[int]) -> int | None:
 
 def _count(num_accepted: Sequence[int]) -> int | mx.array:
     """Tape entries to keep: one number where the rows agree, else an array that layers share."""
+    if len(num_accepted) == 1:
+        return num_accepted[0] + 1
     agreed = _agreed(num_accepted)
     if agreed is not None:
         return agreed

@@ -51,11 +51,11 @@ class CompositeSpeculation:
         block: mx.array,
         target: TargetAdapter,
     ) -> None:
-        self._layers = layers
+        self._layers: Sequence[Any] = layers
         self._base = cache
         self.block = block
         self._target = target
-        self._reforwards = any(layer.reforwards for layer in layers)
+        self._reforwards = True in [layer.reforwards for layer in layers]
         self.cache: list[Any] = [layer.entry for layer in layers]
 
     @property
@@ -69,18 +69,18 @@ class CompositeSpeculation:
         settled or aborted."""
         kept = OnDevice(num_accepted)
         for layer in self._layers:
-            layer.commit_ahead(kept)  # type: ignore[attr-defined]
+            layer.commit_ahead(kept)
 
     def follow(self, behind: mx.array) -> None:
         """`behind` ([1] int32) of the tokens before this block turn out not to count."""
         for layer in self._layers:
-            layer.follow(behind)  # type: ignore[attr-defined]
+            layer.follow(behind)
         self.cache = [layer.entry for layer in self._layers]
 
     def settle(self, dropped: int) -> None:
         """What was `behind` is known: so many tokens."""
         for layer in self._layers:
-            layer.settle(dropped)  # type: ignore[attr-defined]
+            layer.settle(dropped)
 
     def commit(self, num_accepted: Sequence[int]) -> None:
         """Keep the anchor and the accepted draft tokens of each row."""

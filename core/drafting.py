@@ -133,7 +133,8 @@ class GuardedDrafter:
         if not draft.width:
             return draft
         tokens, candidates, found = draft.tokens, draft.candidates, []
-        if draft.ids_below is None or draft.ids_below > self._vocab_size:
+        below = draft.ids_below
+        if below is None or below > self._vocab_size or tokens.dtype != mx.int32:
             tokens, inside = self._clip(tokens)
             found.append(inside)
             if candidates is not None:

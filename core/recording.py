@@ -64,6 +64,10 @@ class OnDevice:
         return self._made[key]
 
 
+WINDOWS = slice(-1)
+"""The slots before the state, which is the last."""
+
+
 class DeferredSlots(list[Any]):
     """The slots of a recurrent cache, the last of which, the state, is still to be replayed.
 
@@ -95,12 +99,13 @@ class DeferredSlots(list[Any]):
     @property
     def windows(self) -> list[Any]:
         """The slots before the state."""
-        self._arrive()
-        return super().__getitem__(slice(len(self) - 1))
+        if self._late is not None:
+            self._arrive()
+        return super().__getitem__(WINDOWS)
 
     def _arrive(self) -> None:
         if self._late is not None:
-            super().__setitem__(slice(len(self) - 1), self._late())
+            super().__setitem__(WINDOWS, self._late())
             self._late = None
 
     def _look(self) -> None:

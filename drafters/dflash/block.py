@@ -375,6 +375,7 @@ class BlockContext:
         self._cache = loaded.network.make_cache(loaded.window)
         self._pending: list[mx.array] = []
         self._written = False  # what is observed next is in the buffers, and only to be counted
+        self._masks: dict[tuple[int, int], mx.array] = {}
 
     def observe(self, committed: Sequence[Sequence[int]], features: mx.array | None) -> None:
         """Take in the features [B, T, F] of committed tokens.
@@ -444,7 +445,9 @@ class BlockContext:
         """Embeddings of [anchor, MASK ..] with `width` slots, and the rows of the first `count`."""
         described = self._loaded.description
         shape = (anchor.shape[0], width - 1 + described.first_slot)
-        masks = mx.full(shape, described.mask_token_id, dtype=mx.int32)
+        masks = self._masks.get(shape)
+        if masks is None:
+            masks = self._masks[shape] = mx.full(shape, described.mask_token_id, dtype=mx.int32)
         block = mx.concatenate([anchor[:, None].astype(mx.int32), masks], axis=1)
         rows = slice(described.first_slot, described.first_slot + count)
         return self._loaded.embed(block), rows
