@@ -3,6 +3,8 @@ device knows where they go."""
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import mlx.core as mx
 
 from draftloom.device import on_cuda
@@ -30,6 +32,15 @@ def write_rows(buffer: mx.array, rows: mx.array, offset: mx.array) -> mx.array:
     if not on_cuda():
         return mx.slice_update(buffer, rows, offset.reshape(1), axes=(2,))
     # There an update at an offset reads it from host memory, in every threadgroup of a copy.
-    place = offset + mx.arange(rows.shape[2])
+    place = offset + _steps(rows.shape[2])
     index = mx.broadcast_to(place[None, None, :, None], rows.shape)
     return mx.put_along_axis(buffer, index, rows, axis=2)
+
+
+@lru_cache(maxsize=64)
+def _steps(rows: int) -> mx.array:
+    """0 .. rows - 1, int32: one array for all who trace. `mx.compile` makes one node of what is
+    done to the same array alike; an `mx.arange` of its own would be two launches for every write."""
+    steps = mx.arange(rows, dtype=mx.int32)
+    mx.eval(steps)
+    return steps

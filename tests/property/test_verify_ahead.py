@@ -161,6 +161,7 @@ def test_a_text_cut_inside_its_last_block(kept: int) -> None:
 
 @pytest.mark.parametrize("family", ["qwen3_5-v2", "qwen3"])
 @pytest.mark.parametrize("at", range(1, 9))
+@pytest.mark.filterwarnings("ignore::draftloom.DrafterFallbackWarning")
 def test_a_pass_that_fails_loses_no_token(family: str, at: int) -> None:
     """The verifier fails in one pass: the drafter is given up, or the pass was ahead and is run
     again in its turn. Where the target fails for good, what was committed is handed out."""
