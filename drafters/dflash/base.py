@@ -38,7 +38,8 @@ def all_finite(*arrays: mx.array) -> mx.array:
     """Whether all numbers of each row are finite, [B] bool, of floating arrays [B, ...].
 
     x - x is 0 where x is finite and NaN elsewhere. That is two launches an array on a GPU;
-    `mx.isfinite` is seven, and this is asked in every cycle.
+    `mx.isfinite` is seven, and this is asked in every cycle. Not for use inside `mx.compile`: a
+    compiler that takes all numbers for finite may make 0 of x - x.
     """
     rests = [(x - x).sum(axis=tuple(range(1, x.ndim))) for x in arrays]
     return reduce(add, rests) == 0
