@@ -40,7 +40,8 @@ def write_rows(buffer: mx.array, rows: mx.array, offset: mx.array) -> mx.array:
 @lru_cache(maxsize=64)
 def _steps(rows: int) -> mx.array:
     """0 .. rows - 1, int32: one array for all who trace. `mx.compile` makes one node of what is
-    done to the same array alike; an `mx.arange` of its own would be two launches for every write."""
+    done to the same array alike; with an `mx.arange` of its own every write would be two launches
+    more."""
     steps = mx.arange(rows, dtype=mx.int32)
     mx.eval(steps)
     return steps
