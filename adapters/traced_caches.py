@@ -22,7 +22,7 @@ from mlx_lm.models.cache import ArraysCache, KVCache
 from draftloom.kernels.gated_delta import row_counts
 from draftloom.kv_view import KVCacheBehind, KVCacheView
 from draftloom.recording import Deferred, DeferredSlots, RecordingEntry
-from draftloom.row_writes import LEAST_ROWS, traced_rows, write_rows
+from draftloom.row_writes import traced_rows, write_rows
 
 __all__ = ["Forms", "Port", "TracedKVCache", "port_of"]
 
@@ -203,8 +203,7 @@ class Port:
 class _KVPort(Port):
     def __init__(self, cache: Any, tokens: int) -> None:
         self._cache, self.offset = cache, cache.offset
-        if not cache.offset + tokens <= cache.keys.shape[2] >= LEAST_ROWS:
-            _make_room(cache, tokens)
+        _make_room(cache, tokens)
         keys, values = cache.keys, cache.values
         self.form = _kv_form(keys.shape, keys.dtype, values.shape, values.dtype)
 

@@ -169,7 +169,8 @@ class _Recorded:
     def commit(self, num_accepted: Sequence[int]) -> None:
         before, self.started = self.entry.before, []
         if before is not None:  # the pass that gave the logits gave this state too
-            self._cache.cache = self._defer(before, num_accepted)
+            late = partial(_windows, self.entry, num_accepted)
+            self._cache.cache = self._left(before, _count(num_accepted), late)
             return
         if all(n + 1 == self._tokens for n in num_accepted):
             kept = self.started = list(self.entry.state)
@@ -189,7 +190,7 @@ class _Recorded:
         before = self.entry.before
         assert before is not None, "asked for by `commits_ahead`"
         count = kept.once("count", partial(gated_delta.row_counts, rows=before.shape[0]))
-        self._cache.cache = self._left(before, count, partial(_gather, kept=kept))
+        self._cache.cache = self._left(before, count, partial(_gathered, self.entry, kept))
 
     def follow(self, behind: mx.array) -> None:
         """What the slots are made of has the number in it."""
@@ -212,59 +213,48 @@ class _Recorded:
             return ssm.replay(state, ssm.concat_tapes(tapes), count)
         return self._delta_replay(state, gated_delta.concat_tapes(tapes), count)
 
-    def _defer(self, before: mx.array, num_accepted: Sequence[int]) -> DeferredSlots:
-        """The slots after the kept tokens; nothing is replayed.
+    def _left(
+        self, before: mx.array, count: int | mx.array, late: Callable[[], list[Any]]
+    ) -> DeferredSlots:
+        """The slots after `count` tokens, the state before the block being `before`; nothing is
+        replayed.
 
         `abort` still knows what the state before this block was made from. It is freed with this
         object, before the next block is verified and while the device drafts: so there are never
         more than two states of a layer, `before` and its neighbour, and no commit waits for it.
         """
-        entry, count = self.entry, _count(num_accepted)
-        if len(entry.tapes) > 1 or not isinstance(count, int):
-            tape = gated_delta.concat_tapes(entry.tapes)
-            deferred = Deferred(before, tape, count, self._delta_replay)
-            late = partial(_windows, entry, num_accepted)
-            return DeferredSlots(entry.windows[0], deferred, late)
-        return self._left(before, count, partial(_cut, start=count))
-
-    def _left(self, before: mx.array, count: Any, cut: Callable[..., list[Any]]) -> DeferredSlots:
-        """The slots after `count` tokens of the one pass that there was.
-
-        Args:
-            before: the state before it.
-            count: as of `Deferred`.
-            cut: (inputs of the convolutions, W of each) -> the slots before the state.
-        """
         entry, last = self.entry, self.entry.deferred
-        form = None if last is None else last.form
-        deferred = Deferred(before, entry.tapes[0], count, self._delta_replay, form)
-        windows, sizes = entry.windows[0], [slot.shape[1] for slot in entry.slots[:-1]]
-        return DeferredSlots(windows, deferred, partial(cut, windows, sizes))
+        form = None if last is None or len(entry.tapes) > 1 else last.form
+        tape = gated_delta.concat_tapes(entry.tapes)
+        deferred = Deferred(before, tape, count, self._delta_replay, form)
+        return DeferredSlots(entry.windows[0], deferred, late)
 
 
 def _windows(entry: RecordingEntry, num_accepted: Sequence[int]) -> list[mx.array]:
     """The last W inputs of each convolution after the kept tokens: views, where that is enough.
     They hold the W + T inputs of the block until the next one is verified."""
     start = _agreed(num_accepted)
-    whole = entry.windows[0] if len(entry.windows) == 1 else _joined(entry)
-    sizes = [slot.shape[1] for slot in entry.slots[: len(whole)]]
-    if start is not None:
-        return _cut(whole, sizes, start)
-    return _gather(whole, sizes, OnDevice(mx.array(list(num_accepted))))
+    if start is None:
+        return _gathered(entry, OnDevice(mx.array(list(num_accepted))))
+    return [x[:, start : start + size] for x, size in _inputs(entry)]
 
 
-def _cut(windows: Sequence[mx.array], sizes: Sequence[int], start: int) -> list[mx.array]:
-    return [x[:, start : start + w] for x, w in zip(windows, sizes, strict=True)]
-
-
-def _gather(windows: Sequence[mx.array], sizes: Sequence[int], kept: OnDevice) -> list[mx.array]:
-    """As `_cut`, of rows that keep different numbers, or one that the host does not know."""
+def _gathered(entry: RecordingEntry, kept: OnDevice) -> list[mx.array]:
+    """The same, of rows that keep different numbers, or one that the host does not know."""
 
     def place(tokens: mx.array, size: int) -> mx.array:
         return tokens[:, None, None] + mx.arange(size)[:, None]
 
-    at = [kept.once(("window", size), partial(place, size=size)) for size in sizes]
-    return [mx.take_along_axis(x, i, axis=1) for x, i in zip(windows, at, strict=True)]
+    return [
+        mx.take_along_axis(x, kept.once(("window", size), partial(place, size=size)), axis=1)
+        for x, size in _inputs(entry)
+    ]
+
+
+def _inputs(entry: RecordingEntry) -> list[tuple[mx.array, int]]:
+    """Inputs [B, W + T, C] of each convolution, and its W."""
+    whole = entry.windows[0] if len(entry.windows) == 1 else _joined(entry)
+    return [(x, slot.shape[1]) for x, slot in zip(whole, entry.slots[: len(whole)], strict=True)]
 
 
 def _joined(entry: RecordingEntry) -> list[mx.array]:
@@ -283,8 +273,6 @@ def _agreed(num_accepted: Sequence[int]) -> int | None:
 
 def _count(num_accepted: Sequence[int]) -> int | mx.array:
     """Tape entries to keep: one number where the rows agree, else an array that layers share."""
-    if len(num_accepted) == 1:
-        return num_accepted[0] + 1
     agreed = _agreed(num_accepted)
     if agreed is not None:
         return agreed

@@ -55,7 +55,7 @@ class CompositeSpeculation:
         self._base = cache
         self.block = block
         self._target = target
-        self._reforwards = True in [layer.reforwards for layer in layers]
+        self._reforwards = any(layer.reforwards for layer in layers)
         self.cache: list[Any] = [layer.entry for layer in layers]
 
     @property

@@ -51,7 +51,7 @@ class Lookahead:
         """
         if self.failed:
             return
-        width, behind = current.get("draft").width, None
+        width, num_accepted = current.get("draft").width, current.get("num_accepted")
         plan, self._mark = self._plan, self._sampling.mark()
         plan.set("speculation", None)
         plan.set("draft", draft)
@@ -59,15 +59,13 @@ class Lookahead:
         self.launched, self._width = True, width
         try:
             if width:
-                num_accepted = current.get("num_accepted")
                 current.get("speculation").commit_ahead(num_accepted)
-                behind = width - num_accepted
             else:
                 current.get("speculation").commit((0,))
             speculate, *rest = plan.verify
             speculate()
-            if behind is not None:
-                plan.get("speculation").follow(behind)
+            if width:
+                plan.get("speculation").follow(width - num_accepted)
             for step in rest:
                 step()
             mx.async_eval(plan.get("num_accepted"), plan.get("next_token"))

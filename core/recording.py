@@ -99,8 +99,7 @@ class DeferredSlots(list[Any]):
     @property
     def windows(self) -> list[Any]:
         """The slots before the state."""
-        if self._late is not None:
-            self._arrive()
+        self._arrive()
         return super().__getitem__(WINDOWS)
 
     def _arrive(self) -> None:
@@ -166,11 +165,7 @@ class RecordingEntry:
         self.deferred: Deferred | None = None
         if defers and isinstance(slots, DeferredSlots):
             self.deferred = slots.deferred
-        if self.deferred is None:
-            self.slots: list[Any] = list(slots)
-        else:
-            self.slots = slots.windows
-            self.slots.append(None)
+        self.slots: list[Any] = list(slots) if self.deferred is None else [*slots.windows, None]
         self.tapes: list[Any] = []
         self.windows: list[tuple[mx.array, ...]] = []
         self.defers = defers

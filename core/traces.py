@@ -27,7 +27,6 @@ class Traces(Generic[T]):
     def __init__(self, most: int) -> None:
         self._most = most
         self._kept: OrderedDict[Hashable, T] = OrderedDict()
-        self._last: T | None = None
         self.traced = 0
 
     def of(self, form: Hashable, make: Callable[[], T]) -> T:
@@ -39,12 +38,10 @@ class Traces(Generic[T]):
             self.traced += 1
             if len(self._kept) > self._most:
                 self._kept.popitem(last=False)
-        elif found is not self._last:
+        elif found is not next(reversed(self._kept.values())):  # else it is the last already
             self._kept.move_to_end(key)
-        self._last = found
         return found
 
     def clear(self) -> None:
         """Drop them all, and what they hold; the counts stay."""
         self._kept.clear()
-        self._last = None

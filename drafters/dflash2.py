@@ -19,10 +19,11 @@ import mlx.nn as nn
 
 from draftloom.checkpoint import CandidateSelector, DrafterDescription, DynamicConvolution
 from draftloom.contracts import ComponentInfo, Draft, DraftLaw, DraftRequest, Need
+from draftloom.drafting import all_finite
 from draftloom.errors import ModelError
 from draftloom.sampling import SamplingState
 
-from .dflash.base import BlockDrafter, BlockSession, all_finite
+from .dflash.base import BlockDrafter, BlockSession
 from .dflash.context import ContextCache
 from .dflash.model import ALL_ROWS, DFlashLayer, DFlashModel, Masks
 

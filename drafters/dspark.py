@@ -17,10 +17,11 @@ import mlx.nn as nn
 
 from draftloom.checkpoint import DrafterDescription, MarkovHead
 from draftloom.contracts import ComponentInfo, Draft, DraftLaw, DraftRequest, Need
+from draftloom.drafting import all_finite
 from draftloom.errors import UsageError
 from draftloom.sampling import SamplingState, target_law
 
-from .dflash.base import BlockDrafter, BlockSession, all_finite
+from .dflash.base import BlockDrafter, BlockSession
 from .dflash.block import LoadedDrafter
 from .dflash.model import DFlashModel
 

@@ -6,8 +6,6 @@ A drafter adds the network it runs and the session that proposes.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import reduce
-from operator import add
 from pathlib import Path
 from typing import ClassVar
 
@@ -31,18 +29,7 @@ from .block import (
 )
 from .model import DFlashModel
 
-__all__ = ["BlockDrafter", "BlockSession", "all_finite"]
-
-
-def all_finite(*arrays: mx.array) -> mx.array:
-    """Whether all numbers of each row are finite, [B] bool, of floating arrays [B, ...].
-
-    x - x is 0 where x is finite and NaN elsewhere. That is two launches an array on a GPU;
-    `mx.isfinite` is seven, and this is asked in every cycle. Not for use inside `mx.compile`: a
-    compiler that takes all numbers for finite may make 0 of x - x.
-    """
-    rests = [(x - x).sum(axis=tuple(range(1, x.ndim))) for x in arrays]
-    return reduce(add, rests) == 0
+__all__ = ["BlockDrafter", "BlockSession"]
 
 
 class BlockDrafter:

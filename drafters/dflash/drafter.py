@@ -5,9 +5,10 @@ from __future__ import annotations
 import mlx.core as mx
 
 from draftloom.contracts import ComponentInfo, Draft, DraftLaw, DraftRequest, Need
+from draftloom.drafting import all_finite
 from draftloom.sampling import SamplingState
 
-from .base import BlockDrafter, BlockSession, all_finite
+from .base import BlockDrafter, BlockSession
 from .block import LoadedDrafter
 
 __all__ = ["DFlashDrafter"]

@@ -286,22 +286,17 @@ def row_counts(n: int | Sequence[int] | mx.array, rows: int) -> mx.array:
     Returns:
         [max(B, 4)] int32; entries past B mean nothing.
     """
-    if isinstance(n, int):
-        return _same_counts(n, rows)
-    if not isinstance(n, mx.array):
-        return _constant_counts((*n, *[0] * (row_entries(rows) - len(n))))
-    return per_row(n, rows)
+    if isinstance(n, mx.array):
+        return per_row(n, rows)
+    return _constant_counts((n,) * rows if isinstance(n, int) else tuple(n), rows)
 
 
 @lru_cache(maxsize=64)
-def _same_counts(number: int, rows: int) -> mx.array:
-    return _constant_counts((number,) * row_entries(rows))
-
-
-@lru_cache(maxsize=64)
-def _constant_counts(numbers: tuple[int, ...]) -> mx.array:
+def _constant_counts(numbers: tuple[int, ...], rows: int) -> mx.array:
+    size = row_entries(rows)
+    padded = mx.array([*numbers, *[0] * (size - len(numbers))], dtype=mx.int32)
     # The sum is for the device to do: what the host wrote lies in memory that a kernel waits for.
-    counts = mx.array(numbers, dtype=mx.int32) + mx.zeros((len(numbers),), dtype=mx.int32)
+    counts = padded + mx.zeros((size,), dtype=mx.int32)
     mx.async_eval(counts)
     return counts
 

@@ -28,9 +28,9 @@ from draftloom.abilities import BindContext
 from draftloom.composite import CompositeRollback
 from draftloom.drafters.autoregressive import AutoregressiveDrafter
 from draftloom.drafters.cascade import CascadeDrafter
-from draftloom.drafters.dflash.base import all_finite
 from draftloom.drafters.formats import describe_checkpoint
 from draftloom.drafters.none import NoDrafter
+from draftloom.drafting import all_finite
 from draftloom.sampling import target_law
 
 from .fakes import (
