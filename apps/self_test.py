@@ -36,6 +36,7 @@ def run_self_test(
     progress: Tell = lambda what: None,
     seconds: float = SECONDS,
     processes: int = 1,
+    begin: float | None = None,
 ) -> SelfTest:
     """Run every check of every registered implementation that this device can run.
 
@@ -45,11 +46,14 @@ def run_self_test(
         seconds: after which no check is begun.
         processes: how many run checks side by side; 1 is this one. Others load the plugins that are
             installed; what they do not know is checked here.
+        begin: when, by `time.perf_counter`, the time began to run: a process that has just started
+            may have imported for many seconds. By default, now.
 
     Raises:
         PluginError: an implementation cannot be imported.
     """
-    begin, built = time.perf_counter(), kernels_built()
+    begin = time.perf_counter() if begin is None else begin
+    built = kernels_built()
     known = implementations(plugins)
     order, until = sorted(known, key=_turn), begin + seconds
     if processes > 1:

@@ -2,7 +2,9 @@
 
 A variant is opened (its drafter's weights are loaded), warmed up, run over all prompts and
 lengths, and closed, which leaves the target as mlx-lm loaded it for the next one. None of that
-but the runs is timed. Prefill is the time to the first token, decode the time from there on.
+but the runs is timed. Prefill is the time to the first token, decode the time from there on. The
+pass that times the stages of a variant follows its runs in every repeat: a host that is slower for
+a while is slower for both.
 """
 
 from __future__ import annotations
@@ -23,10 +25,12 @@ from draftloom.events import CycleEvent
 from draftloom.pipeline import Pipeline
 
 from .prompts import BenchPrompt, EncodedPrompt
+from .stages import StageTimes, time_stages
 from .subjects import Subject, Variant
 
 __all__ = [
     "WINDOW",
+    "Measured",
     "Run",
     "Settings",
     "Text",
@@ -127,6 +131,21 @@ class Text:
     pieces: tuple[tuple[str, str, int], ...]
 
 
+@attrs.frozen
+class Measured:
+    """What was measured.
+
+    Attributes:
+        runs: all, in the order they were made.
+        texts: one a variant.
+        stages: one a pass that timed them, by repeat; empty where there were none.
+    """
+
+    runs: list[Run]
+    texts: list[Text]
+    stages: list[StageTimes]
+
+
 @attrs.frozen(eq=False)
 class _Raw:
     tokens: tuple[int, ...]
@@ -174,7 +193,9 @@ def measure(
     settings: Settings,
     prompts: Sequence[EncodedPrompt],
     progress: Callable[[str], None] = lambda what: None,
-) -> tuple[list[Run], list[Text]]:
+    *,
+    stages: bool = False,
+) -> Measured:
     """Run everything.
 
     Args:
@@ -182,22 +203,23 @@ def measure(
         settings: how.
         prompts: at least one.
         progress: told what runs next.
-
-    Returns:
-        All runs in the order they were made, and one text a variant.
+        stages: time the stages too, after the runs of each variant in each repeat.
     """
     runs: list[Run] = []
     texts: list[Text] = []
+    timed: list[StageTimes] = []
     reference: dict[tuple[int, int, int], tuple[int, ...]] = {}
     outputs: list[tuple[int, ...]] = []
+    shortest = settings.lengths[0], settings.stop_at_eos, settings.warm_up
     for repeat in range(settings.repeats):
         turn = repeat % len(subject.variants)
         for variant in (*subject.variants[turn:], *subject.variants[:turn]):
-            progress(f"{variant.name}, repeat {repeat + 1} of {settings.repeats}")
+            turn_of = f"repeat {repeat + 1} of {settings.repeats}"
+            progress(f"{variant.name}, {turn_of}")
             gc.collect()  # the drafter of the variant before is gone, and its memory with it
             mx.clear_cache()
             time.sleep(settings.cool_down)
-            with _opened(subject, variant, settings) as run_one:
+            with _opened(subject, variant, settings) as (run_one, pipeline):
                 run_one(prompts[0].ids, settings.warm_up)
                 for length in settings.lengths:
                     for index, prompt in enumerate(prompts):
@@ -209,6 +231,9 @@ def measure(
                             reference[(repeat, index, length)] = raw.tokens
                         elif repeat == 0 and index == 0 and length == settings.lengths[0]:
                             texts.append(_text(subject, variant.name, raw))
+                if stages and pipeline is not None:
+                    progress(f"{variant.name}, stages, {turn_of}")
+                    timed.append(time_stages(variant.name, pipeline, prompts, *shortest))
     if subject.simulation is None:
         runs = [
             run
@@ -218,15 +243,18 @@ def measure(
             )
             for run, tokens in zip(runs, outputs, strict=True)
         ]
-    return runs, texts
+    return Measured(runs, texts, timed)
 
 
 _RunOne = Callable[[Sequence[int], int], _Raw]
 
 
 @contextmanager
-def _opened(subject: Subject, variant: Variant, settings: Settings) -> Iterator[_RunOne]:
-    """A function that runs one prompt; the target is as mlx-lm loaded it before and after."""
+def _opened(
+    subject: Subject, variant: Variant, settings: Settings
+) -> Iterator[tuple[_RunOne, Pipeline | None]]:
+    """A function that runs one prompt, and the pipeline where it is one; the target is as mlx-lm
+    loaded it before and after."""
     if variant.builder is None:
         tokenizer = subject.tokenizer
         if tokenizer is None:
@@ -236,10 +264,11 @@ def _opened(subject: Subject, variant: Variant, settings: Settings) -> Iterator[
         tokenizer = copy.copy(tokenizer)
         if not settings.stop_at_eos:
             tokenizer.eos_token_ids = ()
-        yield lambda ids, length: _alone(subject.model, tokenizer, ids, length)
+        yield (lambda ids, length: _alone(subject.model, tokenizer, ids, length)), None
         return
     with variant.builder.build() as pipeline:
-        yield lambda ids, length: _speculative(pipeline, ids, length, settings.stop_at_eos)
+        at_eos = settings.stop_at_eos
+        yield (lambda ids, length: _speculative(pipeline, ids, length, at_eos)), pipeline
 
 
 def _alone(model: Any, tokenizer: Any, ids: Sequence[int], length: int) -> _Raw:

@@ -22,7 +22,7 @@ from draftloom.versions import version_of
 
 from .measure import Run, Settings, Text, measure
 from .prompts import EncodedPrompt
-from .stages import StageTimes, time_stages
+from .stages import StageTimes, all_repeats
 from .subjects import Subject
 
 __all__ = [
@@ -95,18 +95,8 @@ def run_bench(
     Returns:
         The report: JSON data.
     """
-    runs, texts = measure(subject, settings, prompts, progress)
-    times: list[StageTimes] = []
-    if stages:
-        for variant in subject.variants:
-            if variant.builder is None:
-                continue
-            progress(f"{variant.name}, stages")
-            with variant.builder.build() as pipeline:
-                length, at_eos = settings.lengths[0], settings.stop_at_eos
-                warm = settings.warm_up
-                times.append(time_stages(variant.name, pipeline, prompts, length, at_eos, warm))
-    return _report(subject, settings, runs, texts, times)
+    found = measure(subject, settings, prompts, progress, stages=stages)
+    return _report(subject, settings, found.runs, found.texts, all_repeats(found.stages))
 
 
 def head(subject: Subject, settings: Settings) -> Report:
@@ -147,7 +137,8 @@ def summarize(report: Report) -> list[Report]:
     several, a suite.
 
     A repeat's speed is its decoded tokens over its decode seconds; medians and ranges are those
-    of the repeats. A ratio compares a repeat with the same repeat of the target alone.
+    of the repeats. A ratio compares a repeat with the same repeat of the target alone, an
+    efficiency with the pass that timed the stages in the same repeat.
     """
     suites = list(dict.fromkeys(run["suite"] for run in report["runs"]))
     groups = ["all", *(suites if len(suites) > 1 else [])]
@@ -173,7 +164,8 @@ def _entry(report: Report, name: str, suite: str, length: int, runs: list[Report
     verified = sum(r["verified"] for r in own)
     tau = 1 + accepted / cycles if cycles else None
     known = [r["same_tokens"] for r in own if r["same_tokens"] is not None]
-    limit = _limit(report, name, length) if suite == "all" else None
+    limits = _limits(report, name, length) if suite == "all" else []
+    efficiency = [a / b for a, b in zip(decode, limits, strict=True)] if limits else []
     speed = spread(decode)
     return {
         "variant": name,
@@ -187,8 +179,9 @@ def _entry(report: Report, name: str, suite: str, length: int, runs: list[Report
         "acceptance_rate": accepted / verified if verified else None,
         "by_position": _by_position(own),
         "by_window": _by_window(own),
-        "efficiency": None if not limit else speed.median / limit,
-        "limit": limit,
+        "efficiency": median(efficiency) if efficiency else None,
+        "efficiency_range": [min(efficiency), max(efficiency)] if efficiency else None,
+        "limit": median(limits) if limits else None,
         "same": None if not known else sum(known),
         "compared": len(known),
         "fell_back": next((r["fell_back"] for r in own if r["fell_back"]), ""),
@@ -229,13 +222,12 @@ def _by_window(runs: Sequence[Report]) -> list[float]:
     return [1 + accepted / cycles for cycles, accepted in counts if cycles]
 
 
-def _limit(report: Report, name: str, length: int) -> float | None:
-    """Tokens a second if a cycle were its draft and its verify and nothing else."""
+def _limits(report: Report, name: str, length: int) -> list[float]:
+    """Tokens a second of each repeat if a cycle were its draft and its verify and nothing else."""
     for entry in report["stages"]:
-        if entry["variant"] == name and entry["length"] == length and entry["cycles"]:
-            seconds = entry["seconds"]["draft"] + entry["seconds"]["verify"]
-            return (entry["cycles"] + entry["accepted"]) / seconds if seconds else None
-    return None
+        if entry["variant"] == name and entry["length"] == length:
+            return entry["limits"] if all(entry["limits"]) else []
+    return []
 
 
 def read_report(file: Path) -> Report:

@@ -77,7 +77,7 @@ def run_stability(
         settings = _with_length(settings, subject, encoded)
         check_room(subject, settings, encoded)
         only = attrs.evolve(subject, variants=subject.variants[-1:])
-        runs += measure(only, settings, encoded, progress)[0]
+        runs += measure(only, settings, encoded, progress).runs
         variants += [{"name": v.name, "parts": v.parts} for v in only.variants]
         report = report or head(subject, settings)
         del subject, only  # the next type's weights need the room

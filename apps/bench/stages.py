@@ -1,4 +1,4 @@
-"""Where the time of a cycle goes: a pass of its own, which waits for the device after every stage.
+"""Where the time of a cycle goes: passes of their own that wait for the device after every stage.
 
 The parts of a built pipeline are wrapped; the engine's loop is as it is. Waiting takes away the
 overlap of host and device that the timed runs have, so that the stages' sum is more than a cycle
@@ -34,14 +34,14 @@ from draftloom.sampling import SamplingParams, SamplingState
 
 from .prompts import EncodedPrompt
 
-__all__ = ["STAGES", "StageTimes", "time_stages"]
+__all__ = ["STAGES", "StageTimes", "all_repeats", "time_stages"]
 
 STAGES = ("draft", "verify", "accept", "rollback", "host")
 
 
 @attrs.frozen
 class StageTimes:
-    """Sums over the cycles of an instrumented pass.
+    """Sums over the cycles of instrumented passes.
 
     Attributes:
         variant: its name.
@@ -49,6 +49,8 @@ class StageTimes:
         cycles: cycles after the prompts' own tokens.
         accepted: draft tokens accepted in them.
         seconds: by stage, the device waited for after each.
+        limits: tokens a second if a cycle were its draft and its verify and nothing else, of each
+            pass; 0.0 where it had no such cycle.
     """
 
     variant: str
@@ -56,6 +58,7 @@ class StageTimes:
     cycles: int
     accepted: int
     seconds: dict[str, float]
+    limits: tuple[float, ...]
 
 
 class _Clock:
@@ -243,4 +246,23 @@ def time_stages(
         for stage, seconds in clock.seconds.items():
             total[stage] += seconds
         cycles, accepted = cycles + stream.stats.cycles, accepted + stream.stats.accepted
-    return StageTimes(variant, length, cycles, accepted, total)
+    forward = total["draft"] + total["verify"]
+    limit = (cycles + accepted) / forward if forward else 0.0
+    return StageTimes(variant, length, cycles, accepted, total, (limit,))
+
+
+def all_repeats(passes: Sequence[StageTimes]) -> list[StageTimes]:
+    """Those of each variant and length together: sums, and the limits of all."""
+    groups: dict[tuple[str, int], list[StageTimes]] = {}
+    for one in passes:
+        groups.setdefault((one.variant, one.length), []).append(one)
+    return [
+        StageTimes(
+            *key,
+            sum(one.cycles for one in group),
+            sum(one.accepted for one in group),
+            {stage: sum(one.seconds[stage] for one in group) for stage in STAGES},
+            tuple(limit for one in group for limit in one.limits),
+        )
+        for key, group in groups.items()
+    ]

@@ -89,7 +89,8 @@ def doctor(
 ) -> None:
     """Say what is installed, what runs here, which kernels a target would use, and why, and how
     much memory each part would take at a context length. Loads no weights."""
-    plugins = state_of(context).plugins
+    state = state_of(context)
+    plugins = state.plugins
     if self_test:
         from .self_test import self_test as run
 
@@ -98,7 +99,7 @@ def doctor(
             raise UsageError(
                 "--self-test tests kernels, not a target", "leave out all options but --json"
             )
-        run(plugins, _versions(), as_json=as_json)
+        run(plugins, _versions(), state.begin, as_json=as_json)
         return
     flags = PipelineFlags(
         target=target, drafter=drafter, dtype=dtype, kernel=kernel, kv_bits=kv_bits,

@@ -15,8 +15,16 @@ if TYPE_CHECKING:
 __all__ = ["self_test"]
 
 
-def self_test(plugins: PluginManager, versions: dict[str, str], *, as_json: bool) -> None:
+def self_test(
+    plugins: PluginManager, versions: dict[str, str], begin: float, *, as_json: bool
+) -> None:
     """Run all checks, write the record, print the report.
+
+    Args:
+        plugins: whose kernels.
+        versions: what is installed, for the report.
+        begin: when, by `time.perf_counter`, the command began: its time runs from there.
+        as_json: print JSON.
 
     Raises:
         UsageError: the record cannot be written.
@@ -26,12 +34,10 @@ def self_test(plugins: PluginManager, versions: dict[str, str], *, as_json: bool
     from draftloom.apps.self_test_side_by_side import processes_here
     from draftloom.self_test_record import SelfTestRecord
 
-    begin = time.perf_counter()
-
     def say(what: str) -> None:
         typer.echo(f"{time.perf_counter() - begin:5.1f} s  {what}", err=True)
 
-    found = run_self_test(plugins, say, processes=processes_here())
+    found = run_self_test(plugins, say, processes=processes_here(), begin=begin)
     file = found.record(SelfTestRecord.load()).save()
     if as_json:
         data: dict[str, Any] = {**found.as_dict(), "versions": versions, "record": str(file)}

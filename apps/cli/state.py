@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
@@ -21,10 +22,14 @@ class CliState:
     Args:
         plugins: a plugin manager; by default one with all installed plugins, made on first use,
             so that `draftloom --help` waits for no model library.
+
+    Attributes:
+        begin: when, by `time.perf_counter`, the run began.
     """
 
     def __init__(self, plugins: PluginManager | None = None) -> None:
         self._plugins = plugins
+        self.begin = time.perf_counter()
 
     @property
     def plugins(self) -> PluginManager:

@@ -63,4 +63,4 @@ def test_blocks_launched_ahead_write_the_same_text() -> None:
             assert pipeline._parts.target.verifies_ahead == (choice == "ahead")  # type: ignore[attr-defined]
         found.append((result.token_ids, result.stats.acceptance_length))
     assert found[0] == found[1]
-    assert found[0][1] > 2
+    assert found[0][1] > 1.3, "blocks of which something was kept"

@@ -55,7 +55,10 @@ def report(simulated: bool = False) -> dict[str, Any]:
             *(drafted(i, s) for i, s in enumerate((0.5, 0.5, 4.0))),
         ],
         "stages": [
-            {"variant": "dflash", "length": 11, "cycles": 4, "accepted": 6, "seconds": stages}
+            {
+                "variant": "dflash", "length": 11, "cycles": 4, "accepted": 6,
+                "seconds": stages, "limits": [40.0, 10.0, 5.0],
+            }
         ],
         "texts": [
             {
@@ -88,10 +91,18 @@ def test_acceptance_and_efficiency() -> None:
     assert found["tau"] == 1 + 6 / 4
     assert found["acceptance_rate"] == 6 / 8
     assert found["by_position"] == [1.0, 0.5]
-    assert found["limit"] == pytest.approx((4 + 6) / 0.5)
-    assert found["efficiency"] == pytest.approx(20.0 / 20.0)
+    assert found["limit"] == 10.0
+    # 20 of 40 tokens a second, 20 of 10, 2.5 of 5: each repeat by the pass that followed it
+    assert (found["efficiency"], found["efficiency_range"]) == (0.5, [0.5, 2.0])
     assert (found["same"], found["compared"]) == (3, 3)
     assert entry(report(), "mlx-lm")["efficiency"] is None
+
+
+def test_no_efficiency_where_a_repeat_had_no_cycle() -> None:
+    made = report()
+    made["stages"][0]["limits"] = [40.0, 0.0, 5.0]
+    (found,) = (e for e in summarize(made) if e["variant"] == "dflash")
+    assert (found["efficiency"], found["limit"]) == (None, None)
 
 
 def test_suites_are_summed_up_apart_where_there_are_several() -> None:
@@ -198,7 +209,7 @@ def test_plain_table() -> None:
     lines = printed(report())
     (row,) = (line for line in lines if line.startswith("dflash") and "3/3" in line)
     assert row.split() == [
-        "dflash", "20.0", "2.5-20.0", "2.00", "1.00-4.00", "16", "2.50", "1.00", "1.00", "3/3"
+        "dflash", "20.0", "2.5-20.0", "2.00", "1.00-4.00", "16", "2.50", "1.00", "0.50", "3/3"
     ]  # fmt: skip
     assert any(line.split() == ["dflash", "100%", "50%"] for line in lines)
     assert any(

@@ -19,7 +19,14 @@ from draftloom.apps.bench.simulate import (
     shape_names,
     simulated_subject,
 )
-from draftloom.apps.bench.stages import STAGES, _Clock, _instrumented, time_stages
+from draftloom.apps.bench.stages import (
+    STAGES,
+    StageTimes,
+    _Clock,
+    _instrumented,
+    all_repeats,
+    time_stages,
+)
 from draftloom.apps.bench.subjects import Simulation, Subject
 from draftloom.drafters.dflash import DFlashModel
 from draftloom.drafters.formats import describe_checkpoint
@@ -144,7 +151,8 @@ def test_random_weights_are_finite_and_seeded(subject: Subject) -> None:
 def test_every_variant_runs_in_turns_and_writes_the_whole_length(subject: Subject) -> None:
     prompts = random_prompts(Simulation("tiny", (0.5,), prompt_tokens=6), subject.vocab_size, 2)
     settings = Settings(lengths=(4, 7), repeats=2, warm_up=2)
-    runs, texts = measure(subject, settings, prompts)
+    found = measure(subject, settings, prompts, stages=True)
+    runs, texts = found.runs, found.texts
     names = [variant.name for variant in subject.variants]
     assert len(runs) == len(names) * 2 * 2 * 2
     assert [run.order for run in runs] == list(range(len(runs)))
@@ -163,6 +171,9 @@ def test_every_variant_runs_in_turns_and_writes_the_whole_length(subject: Subjec
     origins = {origin for text in texts for _, origin, _ in text.pieces}
     assert origins <= {"first", "plain", "drafted", "corrected", "bonus"}
     assert all(text.pieces[0][1] == "first" for text in texts)
+    timed = [name for _, name in turns if name != names[0]]
+    assert [(one.variant, one.length) for one in found.stages] == [(name, 4) for name in timed]
+    assert measure(subject, settings, prompts[:1]).stages == []
 
 
 def test_windows_follow_the_text() -> None:
@@ -232,3 +243,14 @@ def test_stage_times_cover_all_stages_and_cycles() -> None:
     assert times.cycles == sum(cycles)
     assert tuple(times.seconds) == STAGES
     assert times.seconds["verify"] > 0
+    forward = times.seconds["draft"] + times.seconds["verify"]
+    assert times.limits == ((times.cycles + times.accepted) / forward,)
+
+
+def test_stage_times_of_all_repeats_are_sums_by_variant() -> None:
+    def one(variant: str, cycles: int, seconds: float) -> StageTimes:
+        return StageTimes(variant, 8, cycles, 1, dict.fromkeys(STAGES, seconds), (seconds,))
+
+    first, second = all_repeats([one("a", 2, 0.25), one("b", 7, 4.0), one("a", 3, 0.5)])
+    assert first == StageTimes("a", 8, 5, 2, dict.fromkeys(STAGES, 0.75), (0.25, 0.5))
+    assert second == one("b", 7, 4.0)

@@ -204,6 +204,17 @@ def test_after_its_time_nothing_is_begun_and_all_stays_as_it_was() -> None:
     assert again.record(before).failed == {}
 
 
+def test_the_time_runs_from_the_command_on() -> None:
+    state = CliState(fakes.plugins(Lab(my_lab_op__fast=Other(check(1.0)))))
+    state.begin -= 1e3  # as if importing had taken that long
+    done = CliRunner().invoke(build_app(state), ["doctor", "--self-test", "--json"])
+    found = json.loads(done.stdout)
+    assert found["seconds"] > 1e3
+    checks = [one for kernel in found["tested"] for one in kernel["checks"]]
+    assert checks
+    assert all(one["left_out"] for one in checks)
+
+
 def test_checks_that_are_the_same_are_run_once() -> None:
     told: list[str] = []
     found = run_self_test(fakes.plugins(), told.append)
