@@ -21,7 +21,7 @@ from .self_test_report import (
     in_words,
     run_check,
 )
-from .self_test_side_by_side import Item, in_turns, run_side_by_side
+from .self_test_side_by_side import Item, get_ready, in_turns, run_side_by_side
 
 __all__ = ["SECONDS", "check_kernel", "run_self_test"]
 
@@ -54,6 +54,8 @@ def run_self_test(
     """
     begin = time.perf_counter() if begin is None else begin
     built = kernels_built()
+    if processes > 1:
+        get_ready()
     known = implementations(plugins)
     order, until = sorted(known, key=_turn), begin + seconds
     if processes > 1:

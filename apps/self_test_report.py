@@ -9,7 +9,7 @@ import attrs
 from draftloom.kernels.check import Check
 from draftloom.self_test_record import SelfTestRecord
 
-__all__ = ["NO_TIME", "CheckResult", "KernelReport", "SelfTest", "in_words", "run_check"]
+__all__ = ["NO_TIME", "CheckResult", "KernelReport", "Ran", "SelfTest", "in_words", "run_check"]
 
 NO_TIME = "not run (time)"
 
@@ -45,6 +45,15 @@ class CheckResult:
         if self.failure:
             return f"{self.name}: {self.failure}"
         return f"{self.name}: error {self.error:.2g}, allowed {self.tolerance:.2g}"
+
+
+@attrs.frozen
+class Ran:
+    """How a check went, and the seconds and newly compiled kernels that it took."""
+
+    result: CheckResult
+    seconds: float = 0.0
+    built: int = 0
 
 
 @attrs.frozen

@@ -1,27 +1,32 @@
 """The checks of a self-test in processes side by side: where kernels take seconds to compile, that
-is what they wait for. A check that ends its process, or does not end, ends nothing else."""
+is what they wait for. A check that ends its process, or does not end, ends nothing else.
+
+The processes are forked from one that has imported what takes longest, once for all of them, while
+this one does the same. It knows nothing of MLX: what has used CUDA cannot be forked.
+"""
 
 from __future__ import annotations
 
-import json
+import multiprocessing
 import os
-import subprocess
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
 from typing import Any
 
 import attrs
-import mlx.core as mx
 
+from draftloom.device import device_memory, on_cuda
 from draftloom.kernels.check import Check
-from draftloom.memory import device_memory
 
-from .self_test_report import NO_TIME, CheckResult, run_check
+from .self_test_report import NO_TIME, CheckResult, Ran, run_check
+from .self_test_worker import serve as run_checks
 
-__all__ = ["Item", "Ran", "in_turns", "processes_here", "run_side_by_side"]
+__all__ = ["Item", "get_ready", "in_turns", "processes_here", "run_side_by_side"]
 
 MOST = 16
 BYTES_EACH = 4 * 2**30
@@ -30,7 +35,12 @@ PATIENCE = 60.0
 """Seconds after which a check is taken to hang."""
 GRACE = 6.0
 """Seconds that checks in flight are given when no further one is begun."""
-WORKER = (sys.executable, "-m", "draftloom.apps.self_test_worker")
+PRELOADED = ["draftloom.apps.self_test_imports"]
+"""Modules that are imported before processes are forked."""
+
+Serve = Callable[[Connection], None]
+"""What a process does: for each (kernel, index) that comes it sends a `Ran`, or None where it does
+not know the kernel."""
 
 
 @attrs.frozen
@@ -53,22 +63,23 @@ class Item:
         return self.check.same or f"{self.kernel} {self.index}"
 
 
-@attrs.frozen
-class Ran:
-    """How a check went, and the seconds and newly compiled kernels that it took."""
-
-    result: CheckResult
-    seconds: float = 0.0
-    built: int = 0
-
-
 def processes_here() -> int:
     """How many processes a self-test is worth on this device: 1 but on CUDA, where there is
     much to compile."""
-    if not mx.cuda.is_available() or mx.default_device() != mx.gpu:
+    if not on_cuda():
         return 1
     memory = device_memory() or BYTES_EACH
     return max(1, min(MOST, os.cpu_count() or 1, memory // BYTES_EACH))
+
+
+def get_ready() -> BaseContext:
+    """What processes are started by; begins at once with what they are forked from."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    forkserver.ensure_running()
+    return context
 
 
 def run_side_by_side(
@@ -77,7 +88,7 @@ def run_side_by_side(
     until: float,
     progress: Callable[[str], None] = lambda what: None,
     *,
-    worker: Sequence[str] = WORKER,
+    serve: Serve = run_checks,
     patience: float = PATIENCE,
     grace: float = GRACE,
 ) -> list[Ran]:
@@ -85,10 +96,11 @@ def run_side_by_side(
 
     Args:
         items: the checks.
-        processes: how many are started at most; each loads the plugins that are installed.
+        processes: how many are started at most.
         until: when, by `time.perf_counter`, no further check is begun.
         progress: told what runs next; by one thread at a time.
-        worker: the command of a process; see `draftloom.apps.self_test_worker`.
+        serve: what a process does, a function of a module; by default it runs the checks of the
+            plugins that are installed (`draftloom.apps.self_test_worker`).
         patience: seconds after which a check's process is killed, and the check has failed.
         grace: seconds after `until` at which it is killed in any case, and the check left out: it
             may have waited for compilers alone, and what they made is kept for the next self-test.
@@ -96,12 +108,13 @@ def run_side_by_side(
     Returns:
         One for each item.
     """
+    start = _Start(get_ready(), serve)
     waiting = deque(enumerate(items))
     results: dict[int, Ran | None] = {}
     lock = threading.Lock()
 
     def work() -> None:
-        process = _Process(worker, patience)
+        process = _Process(start, patience)
         try:
             while True:
                 with lock:
@@ -123,56 +136,71 @@ def run_side_by_side(
     return [_here(item) if (ran := results[i]) is None else ran for i, item in enumerate(items)]
 
 
+class _Start:
+    """Starts processes, one at a time whatever the thread.
+
+    Args:
+        context: of `get_ready`.
+        serve: what a process does.
+    """
+
+    def __init__(self, context: BaseContext, serve: Serve) -> None:
+        self._context, self._serve = context, serve
+        self._lock = threading.Lock()
+
+    def __call__(self) -> tuple[Any, Connection]:
+        """The process, and the connection by which it is asked."""
+        here, there = self._context.Pipe()
+        process = self._context.Process(  # type: ignore[attr-defined]
+            target=self._serve, args=(there,), daemon=True
+        )
+        with self._lock:
+            process.start()
+        there.close()  # so that the connection ends with the process
+        return process, here
+
+
 class _Process:
     """A worker, started when it is needed, and anew when it has ended."""
 
-    def __init__(self, command: Sequence[str], patience: float) -> None:
-        self._command, self._patience = command, patience
-        self._process: subprocess.Popen[str] | None = None
+    def __init__(self, start: _Start, patience: float) -> None:
+        self._start, self._patience = start, patience
+        self._running: tuple[Any, Connection] | None = None
 
     def run(self, item: Item, end: float) -> Ran | None:
         """None where the process does not know the kernel. What runs at `end` is left out."""
         begin = time.perf_counter()
-        allowed = min(self._patience, max(end - begin, 0.0))
-        if self._process is None:
-            self._process = subprocess.Popen(
-                self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8"
-            )
-        process = self._process
-        assert process.stdin is not None
-        assert process.stdout is not None
-        timer = threading.Timer(allowed, process.kill)
-        timer.start()
+        until = min(begin + self._patience, end)
         try:
-            print(json.dumps({"kernel": item.kernel, "check": item.index}), file=process.stdin)
-            process.stdin.flush()
-            line = process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        finally:
-            timer.cancel()
-        if not line:
-            seconds = time.perf_counter() - begin
-            self.end()
-            failure = f"its process ended with status {process.returncode}"
-            if seconds >= self._patience:
-                failure = f"did not end within {self._patience:.0f} s"
-            elif seconds >= allowed:
-                return _left_out(item)
-            return Ran(CheckResult(item.check.name, None, None, failure), seconds)
-        return _ran(item, json.loads(line))
+            if self._running is None:
+                self._running = self._start()
+            process, asked = self._running
+            asked.send((item.kernel, item.index))
+            if asked.poll(max(until - time.perf_counter(), 0.0)):
+                found: Ran | None = asked.recv()
+                return found
+            process.kill()
+        except (EOFError, OSError):  # it has ended
+            pass
+        seconds = time.perf_counter() - begin
+        status = self.end()
+        failure = f"its process ended with status {status}"
+        if seconds >= self._patience:
+            failure = f"did not end within {self._patience:.0f} s"
+        elif time.perf_counter() >= end:
+            return _left_out(item)
+        return Ran(CheckResult(item.check.name, None, None, failure), seconds)
 
-    def end(self) -> None:
-        if self._process is not None:
-            self._process.communicate()
-            self._process = None
-
-
-def _ran(item: Item, answer: dict[str, Any]) -> Ran | None:
-    if "unknown" in answer:
-        return None
-    result = CheckResult(item.check.name, answer["error"], answer["tolerance"], answer["failure"])
-    return Ran(result, answer["seconds"], answer["built"])
+    def end(self) -> int | None:
+        """The status that it ended with; None where it never began."""
+        if self._running is None:
+            return None
+        process, asked = self._running
+        self._running = None
+        asked.close()
+        process.join()
+        status: int | None = process.exitcode
+        return status
 
 
 def _left_out(item: Item) -> Ran:

@@ -6,17 +6,15 @@ is computed and no family needs a formula of its own.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import attrs
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.generate import maybe_quantize_kv_cache
 
+from draftloom.device import default_limit
 from draftloom.errors import UsageError, did_you_mean
 from draftloom.kv_cache import KVQuantization
 from draftloom.model_info import ModelInfo
@@ -33,17 +31,11 @@ __all__ = [
     "array_bytes",
     "cache_bytes",
     "cache_costs",
-    "default_limit",
-    "device_memory",
     "module_bytes",
     "size_text",
 ]
 
 GB = 10**9
-MEMORY_KEYS = ("max_recommended_working_set_size", "total_memory", "memory_size")
-"""What `mx.device_info` calls the memory that a model may take, by backend."""
-CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
-HOST_MEMORY = Path("/proc/meminfo")
 ROWS = 256
 """Caches grow by so many tokens."""
 
@@ -213,6 +205,8 @@ def cache_costs(
     """
     output = forward(mx.zeros((1, 1), dtype=mx.int32), cache)
     if settings is not None:
+        from mlx_lm.generate import maybe_quantize_kv_cache  # slow to import: not for settings
+
         maybe_quantize_kv_cache(cache, 0, settings.kv_group_size, settings.kv_bits)
     itemsize = getattr(output, "logits", output).dtype.size
     return tuple(_cost(entry) for entry in cache), itemsize
@@ -276,37 +270,7 @@ class WorkShape:
         return tokens * rows * self.itemsize + scores
 
 
-# --- what there is ----------------------------------------------------------------------------
-
-
-def device_memory() -> int | None:
-    """Bytes that models may take on the device that is used; None where nothing says."""
-    if mx.default_device() != mx.Device(mx.cpu):
-        details = mx.device_info()
-        found = next((details[key] for key in MEMORY_KEYS if key in details), None)
-        if found is not None:
-            return int(found)
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
-        return None
-    try:
-        return min(memory, int(CONTAINER_LIMIT.read_text()))
-    except (OSError, ValueError):  # no container, or one without a limit
-        return memory
-
-
-def default_limit() -> int | None:
-    """`device_memory`, and where the host's own memory is used, no more than it has to spare."""
-    memory = device_memory()
-    if memory is None or mx.default_device() != mx.Device(mx.cpu):
-        return memory
-    try:
-        lines = dict(line.split(":", 1) for line in HOST_MEMORY.read_text().splitlines())
-        spare = int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, ValueError, KeyError, IndexError):
-        return memory
-    return min(memory, mx.get_active_memory() + mx.get_cache_memory() + spare)
+# --- what is held ----------------------------------------------------------------------------
 
 
 def cache_bytes(entry: Any) -> int:

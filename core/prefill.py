@@ -16,7 +16,7 @@ from draftloom.contracts import TargetAdapter
 from draftloom.drafting import GuardedDrafter, one_line
 from draftloom.errors import GenerationError
 from draftloom.guard import MemoryGuard
-from draftloom.kv_cache import KVConversion
+from draftloom.kv_conversion import KVConversion
 
 __all__ = ["Prefill"]
 

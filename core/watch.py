@@ -11,7 +11,7 @@ from draftloom.contracts import CacheKind, Speculation
 from draftloom.drafting import GuardedDrafter
 from draftloom.errors import GenerationError, UsageError
 from draftloom.guard import MemoryGuard
-from draftloom.kv_cache import KVConversion
+from draftloom.kv_conversion import KVConversion
 from draftloom.memory import MemoryUse, UsesMemory, cache_bytes, module_bytes
 from draftloom.prefill import Prefill
 from draftloom.recording import RecordingEntry

@@ -76,7 +76,7 @@ def models(context: typer.Context, as_json: JsonOption = False) -> None:
     """
     from draftloom.adapters.hub import Hub
     from draftloom.adapters.registry import user_file
-    from draftloom.memory import device_memory
+    from draftloom.device import device_memory
 
     root = Hub().cache_root
     memory, found = device_memory(), list(rows(root))

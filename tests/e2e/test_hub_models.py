@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from draftloom import memory
+from draftloom import device
 from draftloom.adapters.hub import Repository, cached, cached_names
 from draftloom.adapters.hub.files import INDEX
 from draftloom.apps.cli.models import Row, rows
@@ -86,10 +86,10 @@ def test_a_cached_quantization_has_a_row_and_a_verdict(tmp_path: Path) -> None:
 
 def test_memory_is_that_of_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limit = tmp_path / "memory.max"
-    monkeypatch.setattr(memory, "CONTAINER_LIMIT", limit)
-    machine = memory.device_memory()
+    monkeypatch.setattr(device, "CONTAINER_LIMIT", limit)
+    machine = device.device_memory()
     assert machine
     limit.write_text("max\n")
-    assert memory.device_memory() == machine
+    assert device.device_memory() == machine
     limit.write_text("1048576\n")
-    assert memory.device_memory() == 1048576
+    assert device.device_memory() == 1048576

@@ -12,7 +12,7 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache, make
 import draftloom
 from draftloom import GraphError, KVQuantization, ModelInfo, PipelineSpec, UsageError
 from draftloom.adapters.quantized_kv import why_not_quantized_kv
-from draftloom.kv_cache import KVConversion
+from draftloom.kv_conversion import KVConversion
 from draftloom.pipeline import GenerateOptions
 from tests.support import families_more, kv, models, pipelines
 

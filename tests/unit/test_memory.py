@@ -17,14 +17,13 @@ import draftloom
 from draftloom import GraphError, ModelInfo, PipelineSpec, UsageError
 from draftloom.adapters.base import sketch
 from draftloom.adapters.bundled import default_pair
+from draftloom.device import default_limit, device_memory
 from draftloom.kv_cache import KVQuantization
 from draftloom.memory import (
     MemorySettings,
     WorkShape,
     cache_bytes,
     cache_costs,
-    default_limit,
-    device_memory,
     module_bytes,
     size_text,
 )

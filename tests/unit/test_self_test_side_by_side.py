@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,11 +15,13 @@ from draftloom.apps.self_test import run_self_test
 from draftloom.apps.self_test_report import NO_TIME
 from draftloom.apps.self_test_side_by_side import Item, in_turns, run_side_by_side
 from draftloom.kernels.check import Check
+from tests.support.self_test_workers import dies_of_the_second, hangs
 
 from . import fakes
 from .test_self_test import Lab, Other, check, named
 
 LATE = float("inf")
+ROOT = Path(__file__).parents[2]
 
 
 def items(number: int) -> list[Item]:
@@ -55,44 +57,45 @@ def test_what_no_process_knows_is_checked_here() -> None:
 
 
 def test_a_check_that_ends_its_process_ends_nothing_else() -> None:
-    answer = {"error": 0.0, "tolerance": 0.1, "failure": "", "seconds": 1.0, "built": 2}
-    program = f"""
-import os, sys
-for line in sys.stdin:
-    if '"check": 1' in line:
-        os._exit(3)
-    print({json.dumps(answer)!r}, flush=True)
-"""
-    worker = (sys.executable, "-c", program)
-    found = run_side_by_side(items(4), 1, LATE, worker=worker)
+    found = run_side_by_side(items(4), 1, LATE, serve=dies_of_the_second)
     assert [one.result.failure for one in found] == ["", "its process ended with status 3", "", ""]
     assert [one.built for one in found] == [2, 0, 2, 2]
     assert [one.result.name for one in found] == [f"number {i}" for i in range(4)]
 
 
 def test_a_check_that_does_not_end_is_given_up() -> None:
-    worker = (sys.executable, "-c", "import time; time.sleep(60)")
-    (found,) = run_side_by_side(items(1), 4, LATE, worker=worker, patience=1.0)
+    (found,) = run_side_by_side(items(1), 4, LATE, serve=hangs, patience=1.0)
     assert found.result.failure == "did not end within 1 s"
     assert not found.result.passed
 
 
 def test_what_runs_when_the_time_is_over_is_left_out() -> None:
     """It may have waited for a compiler: that is no failure."""
-    worker = (sys.executable, "-c", "import time; time.sleep(60)")
     begin = time.perf_counter()
-    (found,) = run_side_by_side(items(1), 4, begin + 0.5, worker=worker, grace=0.5)
+    (found,) = run_side_by_side(items(1), 4, begin + 0.5, serve=hangs, grace=0.5)
     assert time.perf_counter() - begin < 30
     assert found.result.left_out == NO_TIME
     assert not found.result.failure
 
 
-def test_no_check_is_begun_after_the_time(tmp_path: Path) -> None:
-    begun = tmp_path / "begun"
-    worker = (sys.executable, "-c", f"open({str(begun)!r}, 'w')")
-    found = run_side_by_side(items(3), 2, time.perf_counter(), worker=worker)
+def test_no_check_is_begun_after_the_time() -> None:
+    found = run_side_by_side(items(3), 2, time.perf_counter(), serve=dies_of_the_second)
     assert [one.result.left_out for one in found] == ["not run (time)"] * 3
-    assert not begun.exists()
+
+
+def test_processes_begin_with_what_takes_longest_to_import() -> None:
+    """In an interpreter of its own: another test's processes may come from elsewhere."""
+    program = """
+from draftloom.apps.self_test_side_by_side import run_side_by_side
+from tests.support.self_test_workers import tells
+from tests.unit.test_self_test_side_by_side import LATE, items
+if __name__ == "__main__":
+    print(*(one.result.failure for one in run_side_by_side(items(2), 2, LATE, serve=tells)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["transformers"] * 2, "and nothing of MLX"
 
 
 def test_kernels_take_turns() -> None:

@@ -1,0 +1,30 @@
+"""What processes of a self-test do in tests; functions of a module that they can import."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from multiprocessing.connection import Connection
+
+from draftloom.apps.self_test_report import CheckResult, Ran
+
+
+def dies_of_the_second(asked: Connection) -> None:
+    while True:
+        _, index = asked.recv()
+        if index == 1:
+            os._exit(3)
+        asked.send(Ran(CheckResult(f"number {index}", 0.0, 0.1), 1.0, built=2))
+
+
+def hangs(asked: Connection) -> None:
+    time.sleep(60)
+
+
+def tells(asked: Connection) -> None:
+    """Whether what takes long is there already, as a failure in words."""
+    while True:
+        asked.recv()
+        there = [name for name in ("transformers", "mlx_lm") if name in sys.modules]
+        asked.send(Ran(CheckResult("it", 0.0, 0.1, failure=" ".join(there))))
