@@ -30,17 +30,9 @@ from draftloom.traces import Traces
 from .early_launch import OPERATION as EARLY_LAUNCH
 from .traced_caches import Forms, Port, TracedKVCache, port_of
 
-__all__ = [
-    "MODEL_TYPES",
-    "MOST_TOKENS",
-    "MOST_TRACES",
-    "OPERATION",
-    "CompiledPass",
-    "ahead",
-    "on",
-]
+__all__ = ["MODEL_TYPES", "MOST_TOKENS", "MOST_TRACES", "OPERATION", "CompiledPass", "on"]
 
-OPERATION, AHEAD = "compiled-pass", "ahead"
+OPERATION = "compiled-pass"
 MODEL_TYPES = (
     "qwen3_5", "qwen3_5_moe", "qwen3_next", "qwen2", "qwen3", "qwen3_moe", "llama", "mistral",
 )  # fmt: skip
@@ -57,23 +49,17 @@ Forward = Callable[[mx.array, list[Any]], TargetOutput]
 
 
 class On:
-    """An implementation of the operation.
+    """The operation's one implementation."""
 
-    Args:
-        name: of it.
-        summary: for listings.
-    """
-
+    name = "on"
+    info = ComponentInfo(f"{OPERATION}/on", "a pass is traced once and replayed")
     SLOW_CHECKS = True
 
-    def __init__(self, name: str, summary: str) -> None:
-        self.name = name
-        self.info = ComponentInfo(f"{OPERATION}/{name}", summary)
-
-    def by_default(self) -> bool:
+    @staticmethod
+    def by_default() -> bool:
         """Whether `auto` compiles passes here: where launches count, for the targets of
         `pays_for`. On the CPU MLX's own share is the larger one."""
-        return self.name != AHEAD and on_cuda()
+        return on_cuda()
 
     @staticmethod
     def pays_for(target: TargetInfo) -> bool:
@@ -109,8 +95,7 @@ class On:
             )
 
 
-on = On("on", "the target's pass is traced once and replayed")
-ahead = On(AHEAD, "the same, and the next block is launched before the host knows what was kept")
+on = On()
 
 
 def _attend(held: int, tokens: int, *, traced: bool) -> list[mx.array]:
@@ -180,7 +165,6 @@ class CompiledPass:
         name: for messages.
 
     Attributes:
-        ahead: whether passes are to go on from lengths that only the device knows.
         why_not: why no pass is compiled; empty while they are.
         replayed: passes that were one call.
     """
@@ -193,7 +177,6 @@ class CompiledPass:
         self._traces: Traces[_Trace] = Traces(MOST_TRACES)
         self._known: Forms = {}
         self._parts: tuple[Sequence[Any], Sequence[Any], Sequence[Any]] = NO_PARTS
-        self.ahead = False
         self.why_not = "it is off"
         self.replayed = 0
 
@@ -207,7 +190,7 @@ class CompiledPass:
         was traced."""
         self.clear()
         use = settings.use(OPERATION, off=OFF)
-        self._chosen, self._tried, self.ahead = use is not None, False, use == AHEAD
+        self._chosen, self._tried = use is not None, False
         if not (use != OFF if self._chosen else on.by_default() and on.pays_for(info)):
             self.why_not = "it is off"
             return
@@ -234,10 +217,9 @@ class CompiledPass:
         if self.why_not or tokens.shape[1] > MOST_TOKENS:
             return None
         rows, count = tokens.shape
-        found = _ports(count, rows, cache)
-        if found is None:
+        ports, offset = _ports(count, rows, cache)
+        if ports is None:
             return None
-        ports, offset, behind = found
         self._look_for_exchanges()
         form = (rows, count, tokens.dtype, *[port.form for port in ports])
         taken = [port.take() for port in ports]
@@ -245,8 +227,6 @@ class CompiledPass:
             trace = self._traces.of(form, partial(self._trace, forward, ports, taken))
             # A list of its own: MLX leaves placeholders in it where tracing fails.
             start = mx.full((row_entries(1),), offset, dtype=mx.int32)
-            if behind is not None:
-                start = start - behind
             given = trace.run(tokens, start, [*chain.from_iterable(taken)])
         except BaseException:
             for port, arrays in zip(ports, taken, strict=True):
@@ -308,24 +288,21 @@ class CompiledPass:
             _log.log(level, said, OPERATION, self._name, self.why_not)
 
 
-def _ports(
-    tokens: int, rows: int, cache: list[Any]
-) -> tuple[list[Port], int, mx.array | None] | None:
-    """The ports of a pass over [B, T] tokens, where its key/value caches end, and how many rows
-    there do not count; None where a cache has no port, or they end at different places."""
+def _ports(tokens: int, rows: int, cache: list[Any]) -> tuple[list[Port] | None, int]:
+    """The ports of a pass over [B, T] tokens, and where its key/value caches end; None where one
+    has no port, or they end at different places."""
     ports: list[Port] = []
     end: int | None = None
-    behind: mx.array | None = None
     for entry in cache:
         port = port_of(entry, tokens, rows)
         if isinstance(port, str):
-            return None
+            return None, 0
         ports.append(port)
         if port.offset is not None:
             if end not in (None, port.offset):
-                return None
-            end, behind = port.offset, port.behind
-    return ports, end or 0, behind
+                return None, 0
+            end = port.offset
+    return ports, end or 0
 
 
 def _recording(entry: Any) -> Any:

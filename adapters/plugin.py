@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from draftloom.contracts import ComponentInfo, LoadedModel, TargetInfo
 from draftloom.hookspecs import Register, hookimpl
-from draftloom.memory import WeightEstimate
 from draftloom.model_info import ModelInfo
 from draftloom.spec import ComponentSpec
+
+if TYPE_CHECKING:
+    from draftloom.memory import WeightEstimate
 
 __all__ = [
     "estimate_weights",
@@ -33,12 +36,9 @@ def register_target_adapters(register: Register) -> None:
 @hookimpl
 def register_kernels(register: Register) -> None:
     """How a pass is launched: layer by layer, or traced once and replayed."""
-    for name, summary in (
-        ("on", "the target's pass is traced once and replayed"),
-        ("ahead", "the same, and the next block is launched before the host knows what was kept"),
-    ):
-        full = f"compiled-pass/{name}"
-        register(full, f"draftloom.adapters.compiled_pass:{name}", ComponentInfo(full, summary))
+    full = "compiled-pass/on"
+    summary = "the target's pass is traced once and replayed"
+    register(full, "draftloom.adapters.compiled_pass:on", ComponentInfo(full, summary))
     module = "draftloom.adapters.early_launch"
     for name, summary in (("eighths", "a pass in eight pieces"), ("every-layer", "layer by layer")):
         full = f"early-launch/{name}"

@@ -20,7 +20,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache, KVCache
 
 from draftloom.kernels.gated_delta import row_counts
-from draftloom.kv_view import KVCacheBehind, KVCacheView
+from draftloom.kv_view import KVCacheView
 from draftloom.recording import Deferred, DeferredSlots, RecordingEntry
 from draftloom.row_writes import traced_rows, write_rows
 
@@ -180,12 +180,10 @@ class Port:
     Attributes:
         form: what a trace depends on.
         offset: where a key/value cache ends; None for others.
-        behind: [1] int32, rows at that end that do not count; None where all do.
     """
 
     form: Any
     offset: int | None = None
-    behind: mx.array | None = None
 
     def take(self) -> list[mx.array]:
         """The arrays that go in. A key/value cache lets go of its own, so that the device can
@@ -276,12 +274,7 @@ def port_of(entry: Any, tokens: int, rows: int) -> Port | str:
         return "its rows are padded" if entry.padded else _RecordPort(entry, rows)
     cache = entry.whole if isinstance(entry, KVCacheView) else entry
     if type(cache) is KVCache:
-        if cache.keys is None:
-            return "a cache is empty"
-        port = _KVPort(cache, tokens)
-        if isinstance(entry, KVCacheBehind):
-            port.behind = entry.behind
-        return port
+        return "a cache is empty" if cache.keys is None else _KVPort(cache, tokens)
     if type(cache) is ArraysCache:
         padded = cache.lengths is not None or cache.left_padding is not None
         return "its rows are padded" if padded else _SlotsPort(cache)

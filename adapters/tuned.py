@@ -79,11 +79,6 @@ class TunedModel(ABC):
         """Whether passes are traced, so that a length seen before costs less than a new one."""
         return not self.compiled.why_not
 
-    @property
-    def verifies_ahead(self) -> bool:
-        """Whether passes are to go on from lengths that only the device knows."""
-        return self.traces and self.compiled.ahead
-
     @abstractmethod
     def make_cache(self) -> list[Any]:
         """Fresh caches, as mlx-lm makes them."""

@@ -22,7 +22,7 @@ from draftloom.contracts import CacheKind, ComponentInfo, LayerSpeculation, Need
 from draftloom.errors import UsageError
 from draftloom.kernel_settings import AUTO, OFF, KernelSettings
 from draftloom.kernels import gated_delta, ssm
-from draftloom.recording import Deferred, DeferredSlots, OnDevice, RecordingEntry
+from draftloom.recording import Deferred, DeferredSlots, RecordingEntry
 
 from .trim import TrimRollback
 
@@ -169,8 +169,7 @@ class _Recorded:
     def commit(self, num_accepted: Sequence[int]) -> None:
         before, self.started = self.entry.before, []
         if before is not None:  # the pass that gave the logits gave this state too
-            late = partial(_windows, self.entry, num_accepted)
-            self._cache.cache = self._left(before, _count(num_accepted), late)
+            self._cache.cache = self._defer(before, num_accepted)
             return
         if all(n + 1 == self._tokens for n in num_accepted):
             kept = self.started = list(self.entry.state)
@@ -180,23 +179,6 @@ class _Recorded:
                 self.started = [self._replay(self._state(), num_accepted)]
                 kept += self.started
         self._cache.cache = kept
-
-    @property
-    def commits_ahead(self) -> bool:
-        """Whether the pass left its state to be replayed: then only a count is missing."""
-        return self.entry.before is not None and len(self.entry.tapes) == 1
-
-    def commit_ahead(self, kept: OnDevice) -> None:
-        before = self.entry.before
-        assert before is not None, "asked for by `commits_ahead`"
-        count = kept.once("count", partial(gated_delta.row_counts, rows=before.shape[0]))
-        self._cache.cache = self._left(before, count, partial(_gathered, self.entry, kept))
-
-    def follow(self, behind: mx.array) -> None:
-        """What the slots are made of has the number in it."""
-
-    def settle(self, dropped: int) -> None:
-        """Nothing here counts tokens."""
 
     def abort(self) -> None:
         deferred = isinstance(self._before, DeferredSlots)
@@ -213,11 +195,8 @@ class _Recorded:
             return ssm.replay(state, ssm.concat_tapes(tapes), count)
         return self._delta_replay(state, gated_delta.concat_tapes(tapes), count)
 
-    def _left(
-        self, before: mx.array, count: int | mx.array, late: Callable[[], list[Any]]
-    ) -> DeferredSlots:
-        """The slots after `count` tokens, the state before the block being `before`; nothing is
-        replayed.
+    def _defer(self, before: mx.array, num_accepted: Sequence[int]) -> DeferredSlots:
+        """The slots after the kept tokens; nothing is replayed.
 
         `abort` still knows what the state before this block was made from. It is freed with this
         object, before the next block is verified and while the device drafts: so there are never
@@ -226,27 +205,19 @@ class _Recorded:
         entry, last = self.entry, self.entry.deferred
         form = None if last is None or len(entry.tapes) > 1 else last.form
         tape = gated_delta.concat_tapes(entry.tapes)
-        deferred = Deferred(before, tape, count, self._delta_replay, form)
-        return DeferredSlots(entry.windows[0], deferred, late)
+        deferred = Deferred(before, tape, _count(num_accepted), self._delta_replay, form)
+        return DeferredSlots(entry.windows[0], deferred, partial(_windows, entry, num_accepted))
 
 
 def _windows(entry: RecordingEntry, num_accepted: Sequence[int]) -> list[mx.array]:
     """The last W inputs of each convolution after the kept tokens: views, where that is enough.
     They hold the W + T inputs of the block until the next one is verified."""
     start = _agreed(num_accepted)
-    if start is None:
-        return _gathered(entry, OnDevice(mx.array(list(num_accepted))))
-    return [x[:, start : start + size] for x, size in _inputs(entry)]
-
-
-def _gathered(entry: RecordingEntry, kept: OnDevice) -> list[mx.array]:
-    """The same, of rows that keep different numbers, or one that the host does not know."""
-
-    def place(tokens: mx.array, size: int) -> mx.array:
-        return tokens[:, None, None] + mx.arange(size)[:, None]
-
+    if start is not None:
+        return [x[:, start : start + size] for x, size in _inputs(entry)]
+    starts = mx.array(list(num_accepted))[:, None, None] + 1
     return [
-        mx.take_along_axis(x, kept.once(("window", size), partial(place, size=size)), axis=1)
+        mx.take_along_axis(x, starts + mx.arange(size)[:, None], axis=1)
         for x, size in _inputs(entry)
     ]
 

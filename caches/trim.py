@@ -9,8 +9,6 @@ import mlx.core as mx
 
 from draftloom.contracts import CacheKind, ComponentInfo
 from draftloom.kernel_settings import OFF, KernelSettings
-from draftloom.kv_view import KVCacheBehind
-from draftloom.recording import OnDevice
 
 from .fixed_length import FixedLengthEntry, serves
 
@@ -52,10 +50,7 @@ class TrimRollback:
 
 
 class _Trimmed:
-    """The end of the cache stays where the pass left it while the device alone knows better."""
-
     reforwards = False
-    commits_ahead = True
 
     def __init__(self, cache: Any, entry: Any) -> None:
         self.entry = entry
@@ -66,16 +61,6 @@ class _Trimmed:
         if len(set(num_accepted)) > 1:
             raise ValueError("a cache with one offset cannot keep different counts a row")
         self._go_to(self._base + 1 + num_accepted[0])
-
-    def commit_ahead(self, kept: OnDevice) -> None:
-        """Whoever follows is told how far the cache is behind."""
-
-    def follow(self, behind: mx.array) -> None:
-        self.entry = KVCacheBehind(self._cache, behind)
-
-    def settle(self, dropped: int) -> None:
-        self._base -= dropped
-        self._cache.trim(dropped)
 
     def abort(self) -> None:
         self._go_to(self._base)

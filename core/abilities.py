@@ -15,7 +15,6 @@ import mlx.core as mx
 from draftloom.contracts import Draft, Speculation, TargetAdapter, TargetInfo
 from draftloom.errors import Problem
 from draftloom.kernel_settings import KernelSettings
-from draftloom.recording import OnDevice
 
 if TYPE_CHECKING:
     from draftloom.costs import CycleCosts
@@ -26,7 +25,6 @@ __all__ = [
     "Bindable",
     "Calibratable",
     "Checkable",
-    "CommitsAhead",
     "DraftsAhead",
     "DraftsInPart",
     "Parkable",
@@ -34,7 +32,6 @@ __all__ = [
     "Resolvable",
     "Traces",
     "Tunable",
-    "VerifiesAhead",
     "serving",
 ]
 
@@ -86,38 +83,6 @@ class Traces(Protocol):
 
 
 @runtime_checkable
-class VerifiesAhead(Protocol):
-    """An adapter whose passes can go on from a length that only the device knows.
-
-    Attributes:
-        verifies_ahead: whether they are to.
-    """
-
-    verifies_ahead: bool
-
-
-@runtime_checkable
-class CommitsAhead(Protocol):
-    """A layer's speculation that a next one can follow before the host knows what was kept.
-
-    Attributes:
-        commits_ahead: whether it can, after the pass that it was for.
-    """
-
-    commits_ahead: bool
-
-    def commit_ahead(self, kept: OnDevice) -> None:
-        """Put the cache where a traced pass may go on. A `commit` or an `abort` follows."""
-
-    def follow(self, behind: mx.array) -> None:
-        """This speculation began after a `commit_ahead`: `behind` ([1] int32) tokens at the end of
-        the cache do not count."""
-
-    def settle(self, dropped: int) -> None:
-        """The same, once the host knows: what follows goes by this."""
-
-
-@runtime_checkable
 class Checkable(Protocol):
     """A component that can tell from the target's description that it will not work."""
 
@@ -151,9 +116,8 @@ class DraftsAhead(Protocol):
     ) -> mx.array | None:
         """The tokens that these two would give: `observe` of the first `kept` ([1] int32, on the
         device) of the features [1, T, F], and `propose_first` with the rest of the arguments. Both
-        are called afterwards, `observe` once the host knows, `propose_first` then or before it;
-        where they ask for the same, or for fewer tokens, the draft is there. Called in greedy
-        decoding only.
+        are called afterwards, once the host knows; where they ask for the same, or for fewer
+        tokens, the draft is there. Called in greedy decoding only.
 
         Returns:
             Lazy tokens, to be launched; None where this draft cannot be made ahead.

@@ -8,7 +8,6 @@ from typing import Any
 import mlx.core as mx
 
 from draftloom.contracts import CacheKind, CacheRollback, LayerSpeculation, TargetAdapter
-from draftloom.recording import OnDevice
 
 __all__ = ["CompositeRollback", "CompositeSpeculation"]
 
@@ -51,36 +50,12 @@ class CompositeSpeculation:
         block: mx.array,
         target: TargetAdapter,
     ) -> None:
-        self._layers: Sequence[Any] = layers
+        self._layers = layers
         self._base = cache
         self.block = block
         self._target = target
         self._reforwards = any(layer.reforwards for layer in layers)
         self.cache: list[Any] = [layer.entry for layer in layers]
-
-    @property
-    def commits_ahead(self) -> bool:
-        """Whether a next block can follow before the host knows what was kept of this one."""
-        return all(getattr(layer, "commits_ahead", False) for layer in self._layers)
-
-    def commit_ahead(self, num_accepted: mx.array) -> None:
-        """Keep as many draft tokens of each row as the device says, [B] int32. What a next
-        speculation opens on the caches then has to `follow`; `commit` or `abort` come after it is
-        settled or aborted."""
-        kept = OnDevice(num_accepted)
-        for layer in self._layers:
-            layer.commit_ahead(kept)
-
-    def follow(self, behind: mx.array) -> None:
-        """`behind` ([1] int32) of the tokens before this block turn out not to count."""
-        for layer in self._layers:
-            layer.follow(behind)
-        self.cache = [layer.entry for layer in self._layers]
-
-    def settle(self, dropped: int) -> None:
-        """What was `behind` is known: so many tokens."""
-        for layer in self._layers:
-            layer.settle(dropped)
 
     def commit(self, num_accepted: Sequence[int]) -> None:
         """Keep the anchor and the accepted draft tokens of each row."""

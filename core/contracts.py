@@ -408,9 +408,8 @@ class LayerSpeculation(Protocol):
         """
 
     def abort(self) -> None:
-        """Put the entry back as it was before `begin`. May follow a commit. Of two speculations,
-        of which the later began before the host knew what the earlier kept, the later is aborted
-        first."""
+        """Put the entry back as it was before `begin`. May follow a commit. Of two speculations of
+        one token each, the later is aborted first."""
 
 
 class CacheRollback(Protocol):

@@ -90,20 +90,18 @@ class GuardedDrafter:
 
     def launch_ahead(
         self, features: mx.array | None, kept: mx.array, anchor: mx.array, draft: int, verify: int
-    ) -> bool:
+    ) -> None:
         """Launch the next draft before it is known how many tokens are `kept` ([1] int32), if the
-        session can; whether it could. `observe` and `propose` follow as ever."""
+        session can. `observe` and `propose` follow as ever."""
         early = self._early if self._session is not None else None
         if early is None or features is None or min(draft, verify) <= 0:
-            return False
+            return
         try:
             tokens = early.propose_ahead(features, kept, anchor, draft, min(verify, draft))
             if tokens is not None:
                 mx.async_eval(tokens)
-            return tokens is not None
         except Exception as error:  # noqa: BLE001 a drafter may fail in any way
             self.give_up(one_line(error))
-            return False
 
     def drop(self, reason: str) -> None:
         """Go on with the target alone for a reason that is not the drafter's; it was said."""

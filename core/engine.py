@@ -7,8 +7,7 @@ handled by the same cycle with K = 0, so that there is one path for all tokens.
 
 A cycle blocks on the device once, in `Engine._read`. The next draft is launched before the
 tokens just read are handed out, so that the device works while the host makes text of them; a
-plain cycle that follows a plain cycle is launched whole, before the read, and so is a block after
-a block where everything on the way can do that (`draftloom.lookahead`).
+plain cycle that follows a plain cycle is launched whole, before the read (`draftloom.lookahead`).
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import attrs
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from draftloom.abilities import Reporting, Traces, VerifiesAhead, serving
+from draftloom.abilities import Reporting, Traces, serving
 from draftloom.contracts import (
     AcceptancePolicy,
     CacheKind,
@@ -49,7 +48,7 @@ from draftloom.events import (
     Outcome,
     PrefillEvent,
 )
-from draftloom.kv_cache import KVConversion
+from draftloom.kv_conversion import KVConversion
 from draftloom.logprobs import LogprobReader
 from draftloom.lookahead import Lookahead
 from draftloom.mismatch import park
@@ -103,7 +102,6 @@ class Engine:
         self._plan = parts.graph.compile(self._calls())
         self._ahead = Lookahead(parts.graph.compile(self._calls()), self.sampling)
         self._overlaps = self._may_overlap()
-        self._verifies_ahead = isinstance(target, VerifiesAhead) and target.verifies_ahead
         self._chosen: Width | None = None
         self._drafter = GuardedDrafter(parts.drafter, self._vocab_size, self.stats)
         self._watch = MemoryWatch(parts, self._cache, self._conversion, self._drafter)
@@ -399,27 +397,12 @@ class Engine:
             kept, anchor, width = plan.get("num_accepted"), plan.get("next_token"), self._chosen
             room = self._room.for_drafts(self.stats.generated_tokens + 2, width.verify)
             widths = width.draft, min(width.verify, room)
-            features = plan.get("features")
-            made = self._drafter.launch_ahead(features, kept + 1, anchor, *widths)
-            if made and self._verifies_ahead and not self._ahead.failed:
-                self._launch_block(anchor, width)
+            self._drafter.launch_ahead(plan.get("features"), kept + 1, anchor, *widths)
             return
         if min(self._chosen) > 0 and self._drafter.alive:
             return
         self._chosen = None
-        self._ahead.launch(self._plan, Draft.empty())
-
-    def _launch_block(self, anchor: mx.array, width: Width) -> None:
-        """Launch the whole next cycle, whose draft is launched already. Near the end of the text
-        it waits for the number that says how much room is left."""
-        most = self.stats.generated_tokens + self._passed + 2 + width.verify
-        speculation = self._speculation
-        if most > self._room.tokens or not getattr(speculation, "commits_ahead", False):
-            return
-        draft = self._drafter.propose(anchor, *width, self.sampling)
-        if draft.width:
-            self._chosen = None
-            self._ahead.launch(self._plan, draft)
+        self._ahead.launch(self._plan)
 
     def _draft(self, anchor: mx.array, width: Width) -> Draft:
         room = self._room.for_drafts(self.stats.generated_tokens + 1, width.verify)
@@ -491,9 +474,7 @@ class Engine:
             self._ahead.drop()
         if outcome.kept is None:
             speculation.abort()
-        elif self._ahead.launched:  # it has committed already
-            self._ahead.settle(outcome.kept)
-        else:
+        elif not self._ahead.launched:  # else it has committed already
             speculation.commit((outcome.kept,))
 
     def _observe(self, outcome: Outcome, features: mx.array | None) -> None:

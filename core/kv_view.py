@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import mlx.core as mx
-
-__all__ = ["KVCacheBehind", "KVCacheView"]
+__all__ = ["KVCacheView"]
 
 
 class KVCacheView:
@@ -28,25 +26,3 @@ class KVCacheView:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._entry, name)
-
-
-class KVCacheBehind(KVCacheView):
-    """A cache of which rows at the end do not count: how many, the device alone knows. Passes that
-    are traced are given the number; nobody else can use it.
-
-    Args:
-        entry: the cache.
-        behind: [1] int32, rows.
-    """
-
-    def __init__(self, entry: Any, behind: mx.array) -> None:
-        super().__init__(entry)
-        self.behind = behind
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Not before the host knows.
-
-        Raises:
-            RuntimeError: always.
-        """
-        raise RuntimeError("only a traced pass can go on from where the device alone knows")

@@ -16,7 +16,7 @@ from typing import Any
 import attrs
 import mlx.core as mx
 
-__all__ = ["Deferred", "DeferredSlots", "OnDevice", "RecordingEntry", "made_of"]
+__all__ = ["Deferred", "DeferredSlots", "RecordingEntry", "made_of"]
 
 
 @attrs.frozen(eq=False)
@@ -41,27 +41,6 @@ class Deferred:
     def result(self) -> mx.array:
         """The state as a lazy array."""
         return self.replay(self.state, self.tape, self.count)
-
-
-class OnDevice:
-    """How many draft tokens of a block were kept, while only the device knows.
-
-    Args:
-        num_accepted: [B] int32.
-
-    Attributes:
-        tokens: [B] int32, those kept with the anchor.
-    """
-
-    def __init__(self, num_accepted: mx.array) -> None:
-        self.tokens = num_accepted + 1
-        self._made: dict[Any, mx.array] = {}
-
-    def once(self, key: Any, make: Callable[[mx.array], mx.array]) -> mx.array:
-        """An array made of `tokens`; all layers that ask under one key share it."""
-        if key not in self._made:
-            self._made[key] = make(self.tokens)
-        return self._made[key]
 
 
 WINDOWS = slice(-1)

@@ -104,7 +104,7 @@ def test_with_every_other_kernel(family: str, tmp_path: Path) -> None:
     known = [one for one in implementations(pipelines.plugins()) if one.why_not_here is None]
     choices = {one.operation: one.name for one in known if one.name not in ("chunked", "block")}
     del choices["early-launch"]
-    assert choices["compiled-pass"] == "ahead"
+    assert choices["compiled-pass"] == "on"
     one = Case(
         family, "dflash", "auto", "block", 7, PROMPT, kernels=tuple(choices.items())
     )  # fmt: skip

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import attrs
 import mlx.core as mx
 import numpy as np
 
@@ -18,14 +17,7 @@ from draftloom.contracts import (
 )
 from draftloom.sampling import SamplingState
 
-__all__ = [
-    "MODES",
-    "AheadDrafter",
-    "DenseDrafter",
-    "FixedDrafter",
-    "ScriptedDrafter",
-    "ScriptedSession",
-]
+__all__ = ["MODES", "DenseDrafter", "FixedDrafter", "ScriptedDrafter", "ScriptedSession"]
 
 MODES = ("right", "wrong", "half", "random", "short", "mixed")
 
@@ -128,79 +120,6 @@ class ScriptedSession:
             shift = 1 + int(self._rng.integers(self._vocab_size - 1))
             tokens[at] = (tokens[at] + shift) % self._vocab_size
         return tokens
-
-
-class AheadDrafter:
-    """Knows the target's own text, wrong at every n-th position, and drafts from where only the
-    device knows.
-
-    Args:
-        text: prompt and continuation, longer than will be generated.
-        vocab_size: V.
-        every: n; 0 is right everywhere.
-        taps: layers it wants the outputs of.
-        sick: drafts, counted from 0, that say of themselves that their numbers are not finite.
-
-    Attributes:
-        seen: committed tokens, all calls together.
-        features: what came with them.
-        made: drafts made ahead.
-    """
-
-    info = ComponentInfo("test.ahead", needs=(Need.TAPS,), law=DraftLaw.DETERMINISTIC)
-    ahead = True
-
-    def __init__(
-        self,
-        text: tuple[int, ...],
-        vocab_size: int,
-        every: int = 0,
-        taps: tuple[int, ...] = (0,),
-        sick: tuple[int, ...] = (),
-    ) -> None:
-        self.info = attrs.evolve(type(self).info, tap_layers=taps)
-        wrong = [
-            (t + 1) % vocab_size if every and i % every == 0 else t for i, t in enumerate(text)
-        ]
-        self._text = mx.array(wrong, dtype=mx.int32)
-        self._sick = sick
-        self._vocab_size = vocab_size
-
-    def open(self, request: DraftRequest) -> AheadDrafter:
-        """Begin a generation."""
-        self.seen: list[int] = []
-        self.features: list[mx.array] = []
-        self.made = self._drafts = 0
-        self._early: tuple[int, Draft] | None = None
-        return self
-
-    def observe(self, committed: Sequence[Sequence[int]], features: mx.array | None) -> None:
-        """Keep everything, to be compared with what the target computes by itself."""
-        self.seen.extend(committed[0])
-        assert features is not None
-        self.features.append(features[:, : len(committed[0])])
-
-    def propose(self, anchor: mx.array, width: int, sampling: SamplingState) -> Draft:
-        """What follows in the text, or the draft that was made ahead."""
-        early, self._early = self._early, None
-        if early is not None and early[0] == width:
-            return early[1]
-        return self._draft(mx.array([len(self.seen)]), width)
-
-    def propose_ahead(
-        self, features: mx.array, kept: mx.array, anchor: mx.array, width: int, count: int
-    ) -> mx.array | None:
-        """The same from a position on the device."""
-        self.made += 1
-        self._early = width, self._draft(len(self.seen) + kept, width)
-        return self._early[1].tokens
-
-    def _draft(self, position: mx.array, width: int) -> Draft:
-        places = position[:, None] + 1 + mx.arange(width)
-        healthy = mx.array([self._drafts not in self._sick])
-        self._drafts += 1
-        tokens = self._text[places]
-        return Draft.deterministic(tokens, healthy, ids_below=self._vocab_size)
 
 
 class FixedDrafter:

@@ -24,7 +24,7 @@ from draftloom.hookspecs import Register, hookimpl
 from draftloom.model_info import ModelInfo
 from draftloom.plugins import PluginManager
 from draftloom.verifiers.block import BlockVerifier
-from tests.support.drafters import AheadDrafter, DenseDrafter, FixedDrafter, ScriptedDrafter
+from tests.support.drafters import DenseDrafter, FixedDrafter, ScriptedDrafter
 
 __all__ = [
     "FailingVerifier",
@@ -67,7 +67,6 @@ class _Plugin:
         register("test.scripted", ScriptedDrafter)
         register("test.dense", DenseDrafter)
         register("test.fixed", FixedDrafter)
-        register("test.ahead", AheadDrafter)
 
     @hookimpl
     def register_verifiers(self, register: Register) -> None:
