@@ -24,6 +24,7 @@ from draftloom.device import device_memory, on_cuda
 from draftloom.kernels.check import Check
 
 from .self_test_report import NO_TIME, CheckResult, Ran, run_check
+from .self_test_worker import run
 from .self_test_worker import serve as run_checks
 
 __all__ = ["Item", "get_ready", "in_turns", "processes_here", "run_side_by_side"]
@@ -74,8 +75,6 @@ def processes_here() -> int:
 
 def get_ready() -> BaseContext:
     """What processes are started by; begins at once with what they are forked from."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     forkserver.ensure_running()
@@ -102,8 +101,9 @@ def run_side_by_side(
         serve: what a process does, a function of a module; by default it runs the checks of the
             plugins that are installed (`draftloom.apps.self_test_worker`).
         patience: seconds after which a check's process is killed, and the check has failed.
-        grace: seconds after `until` at which it is killed in any case, and the check left out: it
-            may have waited for compilers alone, and what they made is kept for the next self-test.
+        grace: seconds after `until` at which the check is left out in any case: it may have waited
+            for compilers alone. Its process ends with it, later; what was compiled is kept for the
+            next self-test.
 
     Returns:
         One for each item.
@@ -152,7 +152,7 @@ class _Start:
         """The process, and the connection by which it is asked."""
         here, there = self._context.Pipe()
         process = self._context.Process(  # type: ignore[attr-defined]
-            target=self._serve, args=(there,), daemon=True
+            target=run, args=(self._serve, there), daemon=True
         )
         with self._lock:
             process.start()
@@ -179,7 +179,10 @@ class _Process:
             if asked.poll(max(until - time.perf_counter(), 0.0)):
                 found: Ran | None = asked.recv()
                 return found
-            process.kill()
+            if time.perf_counter() < end:
+                process.terminate()
+            else:
+                process.kill()  # the one over it alone: what it compiles is kept
         except (EOFError, OSError):  # it has ended
             pass
         seconds = time.perf_counter() - begin
@@ -198,7 +201,7 @@ class _Process:
         process, asked = self._running
         self._running = None
         asked.close()
-        process.join()
+        process.join(GRACE)
         status: int | None = process.exitcode
         return status
 

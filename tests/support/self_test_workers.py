@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 from draftloom.apps.self_test_report import CheckResult, Ran
 
@@ -19,6 +20,15 @@ def dies_of_the_second(asked: Connection) -> None:
 
 
 def hangs(asked: Connection) -> None:
+    time.sleep(60)
+
+
+def marks_its_process(asked: Connection) -> None:
+    """Says in a file, named by the kernel, which process it is; and again, two seconds later."""
+    kernel, _ = asked.recv()
+    for word in ("begun", "done"):
+        Path(kernel, word).write_text(str(os.getpid()))
+        time.sleep(2)
     time.sleep(60)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -15,7 +18,7 @@ from draftloom.apps.self_test import run_self_test
 from draftloom.apps.self_test_report import NO_TIME
 from draftloom.apps.self_test_side_by_side import Item, in_turns, run_side_by_side
 from draftloom.kernels.check import Check
-from tests.support.self_test_workers import dies_of_the_second, hangs
+from tests.support.self_test_workers import dies_of_the_second, hangs, marks_its_process
 
 from . import fakes
 from .test_self_test import Lab, Other, check, named
@@ -76,6 +79,35 @@ def test_what_runs_when_the_time_is_over_is_left_out() -> None:
     assert time.perf_counter() - begin < 30
     assert found.result.left_out == NO_TIME
     assert not found.result.failure
+
+
+def ended(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def soon(condition: Callable[[], bool]) -> bool:
+    until = time.perf_counter() + 30
+    while not condition() and time.perf_counter() < until:
+        time.sleep(0.1)
+    return condition()
+
+
+def test_what_is_left_out_goes_on_and_what_hangs_does_not(tmp_path: Path) -> None:
+    """A driver keeps what it compiles only once it is done."""
+    item = Item(str(tmp_path), 0, check(1.0))
+    begun, done = tmp_path / "begun", tmp_path / "done"
+    late = time.perf_counter() + 3
+    (found,) = run_side_by_side([item], 1, late, serve=marks_its_process, grace=0.0)
+    assert found.result.left_out == NO_TIME
+    assert soon(done.exists)
+    os.kill(int(begun.read_text()), signal.SIGKILL)
+    (found,) = run_side_by_side([item], 1, LATE, serve=marks_its_process, patience=4.0)
+    assert found.result.failure == "did not end within 4 s"
+    assert soon(lambda: ended(int(begun.read_text())))
 
 
 def test_no_check_is_begun_after_the_time() -> None:
