@@ -3,6 +3,7 @@
 import importlib.util
 import inspect
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -74,6 +75,20 @@ class Stranger(NoDrafter):
 
 
 # --- names -----------------------------------------------------------------------------------
+
+
+def test_plugins_are_listed_without_mlx_lm() -> None:
+    """It takes long to import, above all where torch is installed."""
+    program = (
+        "import sys\n"
+        "from draftloom.plugins import PluginManager\n"
+        "assert PluginManager().names('kernel')\n"
+        "print({'mlx_lm', 'transformers'} & set(sys.modules))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "set()"
 
 
 def test_a_registered_component_is_found_by_either_spelling() -> None:
