@@ -61,7 +61,7 @@ def _lines(found: SelfTest, versions: dict[str, str]) -> list[str]:
     if late:
         lines.append(
             f"not wholly run, for want of time: {', '.join(late)}; those stay as they were. "
-            "What was compiled is kept: run it again"
+            "What still compiles goes on, and is kept: run it again in some minutes"
         )
     if failed:
         lines.append(f"FAILED: {', '.join(failed)}; turned off on this device")
