@@ -36,8 +36,13 @@ PATIENCE = 60.0
 """Seconds after which a check is taken to hang."""
 GRACE = 6.0
 """Seconds that checks in flight are given when no further one is begun."""
-PRELOADED = ["draftloom.apps.self_test_imports"]
-"""Modules that are imported before processes are forked."""
+PRELOADED = [
+    "transformers.models.auto.tokenization_auto",
+    "transformers.tokenization_utils_tokenizers",
+    "transformers.tokenization_utils_fast",
+]
+"""Modules that are imported before processes are forked, as far as they are there: what mlx-lm
+imports and takes longest."""
 
 Serve = Callable[[Connection], None]
 """What a process does: for each (kernel, index) that comes it sends a `Ran`, or None where it does

@@ -12,6 +12,7 @@ _INPUTS = "draftloom.kernels.gated_delta_inputs"
 _NORM = "draftloom.kernels.gated_norm"
 _ATTENTION = "draftloom.kernels.verify_attention"
 _FEW_ROWS = "draftloom.kernels.few_rows"
+_QK = "draftloom.kernels.qk_norm_rope"
 _PACKED = "draftloom.kernels.packed_projections.target"
 _PACKED_DRAFTER = "draftloom.kernels.packed_projections.drafter"
 _KERNELS = (
@@ -31,6 +32,9 @@ _KERNELS = (
     ("gated-norm/metal", _NORM, "RMS norm and gate in one launch, Metal"),
     ("few-rows/array", _FEW_ROWS, "MLX's own product"),
     ("few-rows/cuda", _FEW_ROWS, "products of 2 to 32 rows in one launch, tensor cores, CUDA"),
+    ("qk-norm-rope/array", _QK, "a drafter's norms and rotary positions one after the other"),
+    ("qk-norm-rope/cuda", _QK, "norms and rotary positions of q and k in one launch, CUDA"),
+    ("qk-norm-rope/metal", _QK, "norms and rotary positions of q and k in one launch, Metal"),
     ("packed-projections/packed", _PACKED, "every kind of place as one product"),
     ("packed-projections/attention", _PACKED, "queries, keys and values as one product"),
     ("packed-projections/gated-delta", _PACKED, "inputs of gated-delta layers as one product"),

@@ -17,13 +17,14 @@ from draftloom.contracts import ComponentInfo, TargetAdapter
 from draftloom.drafters.formats import StoredWeights, describe_checkpoint, fill
 from draftloom.errors import CheckpointWarning, ModelError, Problem
 from draftloom.kernel_settings import KernelSettings
+from draftloom.kernels import qk_norm_rope
 from draftloom.memory import CacheCost, array_bytes, cache_bytes, module_bytes
 from draftloom.model_info import ModelInfo
 
 from .compiled import CompiledBlock, compiled_block
 from .context import ContextWindow
 from .model import DFlashModel
-from .one_product import OPERATION, few_rows_in_network, pack_network
+from .one_product import OPERATION, few_rows_in_network, pack_network, place_heads
 from .packing import Packing
 
 __all__ = [
@@ -339,6 +340,7 @@ def tune_network(
     """
     pack_network(network, kernels.use(OPERATION, off="off"))
     few_rows_in_network(network, kernels.use("few-rows"))
+    place_heads(network, kernels.use(qk_norm_rope.OPERATION.name))
     return compiled_block(network, description, kernels)
 
 

@@ -18,6 +18,7 @@ from mlx_lm.models.rope_utils import initialize_rope
 
 from draftloom.checkpoint import DrafterDescription, WindowRule
 from draftloom.device import on_cuda
+from draftloom.kernels import qk_norm_rope
 from draftloom.kernels.packed_projections import OneProduct
 
 from .context import ContextCache, ContextWindow
@@ -26,8 +27,8 @@ from .one_product import PackedContext
 __all__ = ["ALL_ROWS", "DFlashLayer", "DFlashModel", "Masks"]
 
 
-Masks = dict[tuple[Any, ...], mx.array | None]
-"""The masks of one pass: layers of one kind look through the same one."""
+Masks = dict[tuple[Any, ...], Any]
+"""What the layers of one pass share: a mask for each kind of layer, and the positions."""
 Spans = list[tuple[int, int]]
 """Runs of rows, [start, stop) each."""
 ALL_ROWS = slice(None)
@@ -48,6 +49,7 @@ class _Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.num_kv_heads * size, bias=False)
         self.o_proj = nn.Linear(config.num_heads * size, config.hidden_size, bias=False)
         self.product: OneProduct | None = None  # q, k and v as one; see `pack_network`
+        self.placed_by: Any = None  # a kernel for norms and rotary positions of that product
         self.q_norm = nn.RMSNorm(size, eps=config.rms_norm_eps)
         self.k_norm = nn.RMSNorm(size, eps=config.rms_norm_eps)
         self.rope = initialize_rope(
@@ -88,14 +90,19 @@ class _Attention(nn.Module):
         the whole block."""
         batch, tokens, _ = x.shape
         first, stop, _ = rows.indices(tokens)
-        if self.product is None:
-            queries, keys, values = self.q_proj(x[:, rows]), self.k_proj(x), self.v_proj(x)
+        if self.product is not None and self.placed_by is not None:
+            queries, *pair = self._placed_at_once(self.product.joined(x), cache.offset, masks)
+            queries = queries[:, :, rows]
         else:
-            queries, keys, values = self.product(x)
-            queries = queries[:, rows]
-        queries = self.q_norm(queries.reshape(batch, stop - first, self.heads, self.head_dim))
-        queries = self.rope(queries.transpose(0, 2, 1, 3), offset=cache.offset + first)
-        keys, values = cache.with_block(*self._placed(keys, values, cache.offset))
+            if self.product is None:
+                queries, keys, values = self.q_proj(x[:, rows]), self.k_proj(x), self.v_proj(x)
+            else:
+                queries, keys, values = self.product(x)
+                queries = queries[:, rows]
+            queries = self.q_norm(queries.reshape(batch, stop - first, self.heads, self.head_dim))
+            queries = self.rope(queries.transpose(0, 2, 1, 3), offset=cache.offset + first)
+            pair = [*self._placed(keys, values, cache.offset)]
+        keys, values = cache.with_block(*pair)
         if on_cuda():  # its attention is planned for the number of keys: one for many cycles
             keys, values = cache.arrays
         kind = (self.window, self.causal, cache.sinks, cache.window, keys.shape[2])
@@ -106,6 +113,16 @@ class _Attention(nn.Module):
             queries, keys, values, scale=self.scale, mask=None if mask is None else mask[rows]
         )
         return self.o_proj(output.transpose(0, 2, 1, 3).reshape(batch, stop - first, -1))
+
+    def _placed_at_once(
+        self, rows: mx.array, position: int, masks: Masks
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """Queries, keys and values as attention takes them, of a product [B, T, N] of all three."""
+        heads = qk_norm_rope.Heads(self.heads, self.kv_heads, self.head_dim, self.head_dim)
+        rotation = masks.setdefault(("rotation",), qk_norm_rope.Rotation(self.rope, position))
+        norms = self.q_norm, self.k_norm
+        found = qk_norm_rope.place(rows, heads, norms, rotation, use=self.placed_by)
+        return *found, self._split(rows[..., heads.ends[1] :], self.kv_heads)
 
     def _mask(self, tokens: int, cache: ContextCache, length: int) -> mx.array | None:
         """Which of the first `length` rows a query may see: [T, length]; None is all."""

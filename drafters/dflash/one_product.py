@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from draftloom.kernels import few_rows
+from draftloom.kernels import few_rows, qk_norm_rope
 from draftloom.kernels.packed_projections import (
     Decision,
     OneProduct,
@@ -22,7 +22,7 @@ from draftloom.kernels.packed_projections import (
     why_not,
 )
 
-__all__ = ["OPERATION", "PackedContext", "few_rows_in_network", "pack_network"]
+__all__ = ["OPERATION", "PackedContext", "few_rows_in_network", "pack_network", "place_heads"]
 
 OPERATION = "packed-drafter"
 _QKV = ("q_proj", "k_proj", "v_proj")
@@ -76,6 +76,24 @@ def few_rows_in_network(network: Any, use: Any) -> None:
             if module.product is not None:
                 module.product.few_rows = use
     few_rows.exchange(network, use)
+
+
+def place_heads(network: Any, use: Any) -> None:
+    """Norm and rotate q and k of packed products by a kernel, if that is what `use` says.
+
+    Args:
+        network: a `DFlashModel`, packed as it is to be.
+        use: as `draftloom.kernels.qk_norm_rope.place`.
+    """
+    use = qk_norm_rope.wanted(use)
+    for layer in network.layers:
+        layer.self_attn.placed_by = use
+    if use is not None and all(layer.self_attn.product is None for layer in network.layers):
+        _log.warning(
+            "%s: it reads q and k from one product, and they are apart: choose %s=attention too",
+            qk_norm_rope.OPERATION.name,
+            OPERATION,
+        )
 
 
 def pack_network(network: Any, use: Any) -> Decision | None:

@@ -126,7 +126,11 @@ class OneProduct:
 
     def __call__(self, x: mx.array) -> list[mx.array]:
         """What each layer gives [..., size] of x [..., D]: views of one array."""
-        return _split(_product(x, self._arrays, self._layers[0], self.few_rows), self._ends)
+        return _split(self.joined(x), self._ends)
+
+    def joined(self, x: mx.array) -> mx.array:
+        """The same as one array [..., N]."""
+        return _product(x, self._arrays, self._layers[0], self.few_rows)
 
 
 class ProductStack:

@@ -8,13 +8,15 @@ from typing import Any
 import attrs
 import mlx.core as mx
 
-from draftloom.kernels import few_rows, gated_delta, verify_attention
+from draftloom.kernels import few_rows, gated_delta, qk_norm_rope, verify_attention
 from draftloom.kernels.backend import Backend
 from draftloom.kernels.cuda_program import program
 from draftloom.kernels.few_rows import checks as few_rows_checks
 from draftloom.kernels.few_rows.launch import Launcher as FewRows
 from draftloom.kernels.gated_delta import checks as gated_delta_checks
 from draftloom.kernels.gated_delta.launch import Launcher as GatedDelta
+from draftloom.kernels.qk_norm_rope import checks as qk_checks
+from draftloom.kernels.qk_norm_rope.launch import Launcher as QkNormRope
 from draftloom.kernels.verify_attention import checks as attention_checks
 from draftloom.kernels.verify_attention.launch import Launcher as Attention
 
@@ -89,6 +91,13 @@ def _few_rows(recorder: _Recorder) -> None:
         launcher.product(x[0], weight)
 
 
+def _qk_norm_rope(recorder: _Recorder) -> None:
+    launcher = QkNormRope(recorder.on(qk_norm_rope.cuda.BACKEND))
+    for case in qk_checks.CASES:
+        rows, heads, norms, rope = case.arrays()
+        launcher.place(rows, heads, norms, qk_norm_rope.Rotation(rope, case.offset))
+
+
 def _recorded(run: Callable[[_Recorder], None]) -> Callable[[], list[Program]]:
     def programs() -> list[Program]:
         recorder = _Recorder()
@@ -102,5 +111,6 @@ FAMILIES: dict[str, Callable[[], list[Program]]] = {
     "gated-delta": _recorded(_gated_delta),
     "verify-attention": _recorded(_attention),
     "few-rows": _recorded(_few_rows),
+    "qk-norm-rope": _recorded(_qk_norm_rope),
 }
 """By operation: what its kernels are."""
