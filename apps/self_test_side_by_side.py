@@ -23,9 +23,8 @@ import attrs
 from draftloom.device import device_memory, on_cuda
 from draftloom.kernels.check import Check
 
+from .self_test_process import run
 from .self_test_report import NO_TIME, CheckResult, Ran, run_check
-from .self_test_worker import run
-from .self_test_worker import serve as run_checks
 
 __all__ = ["Item", "get_ready", "in_turns", "processes_here", "run_side_by_side"]
 
@@ -44,9 +43,7 @@ PRELOADED = [
 """Modules that are imported before processes are forked, as far as they are there: what mlx-lm
 imports and takes longest."""
 
-Serve = Callable[[Connection], None]
-"""What a process does: for each (kernel, index) that comes it sends a `Ran`, or None where it does
-not know the kernel."""
+WORK = "draftloom.apps.self_test_worker:serve"
 
 
 @attrs.frozen
@@ -92,7 +89,7 @@ def run_side_by_side(
     until: float,
     progress: Callable[[str], None] = lambda what: None,
     *,
-    serve: Serve = run_checks,
+    work: str = WORK,
     patience: float = PATIENCE,
     grace: float = GRACE,
 ) -> list[Ran]:
@@ -103,8 +100,9 @@ def run_side_by_side(
         processes: how many are started at most.
         until: when, by `time.perf_counter`, no further check is begun.
         progress: told what runs next; by one thread at a time.
-        serve: what a process does, a function of a module; by default it runs the checks of the
-            plugins that are installed (`draftloom.apps.self_test_worker`).
+        work: ``module:function``, what a process does: for each (kernel, index) that comes by the
+            connection it sends a `Ran`, or None where it does not know the kernel. By default it
+            runs the checks of the plugins that are installed.
         patience: seconds after which a check's process is killed, and the check has failed.
         grace: seconds after `until` at which the check is left out in any case: it may have waited
             for compilers alone. Its process ends with it, later; what was compiled is kept for the
@@ -113,12 +111,12 @@ def run_side_by_side(
     Returns:
         One for each item.
     """
-    start = _Start(get_ready(), serve)
+    start = _Start(get_ready(), work)
     waiting = deque(enumerate(items))
     results: dict[int, Ran | None] = {}
     lock = threading.Lock()
 
-    def work() -> None:
+    def take_turns() -> None:
         process = _Process(start, patience)
         try:
             while True:
@@ -133,7 +131,7 @@ def run_side_by_side(
         finally:
             process.end()
 
-    threads = [threading.Thread(target=work) for _ in range(min(processes, len(items)))]
+    threads = [threading.Thread(target=take_turns) for _ in range(min(processes, len(items)))]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -146,18 +144,18 @@ class _Start:
 
     Args:
         context: of `get_ready`.
-        serve: what a process does.
+        work: what a process does.
     """
 
-    def __init__(self, context: BaseContext, serve: Serve) -> None:
-        self._context, self._serve = context, serve
+    def __init__(self, context: BaseContext, work: str) -> None:
+        self._context, self._work = context, work
         self._lock = threading.Lock()
 
     def __call__(self) -> tuple[Any, Connection]:
         """The process, and the connection by which it is asked."""
         here, there = self._context.Pipe()
         process = self._context.Process(  # type: ignore[attr-defined]
-            target=run, args=(self._serve, there), daemon=True
+            target=run, args=(self._work, there), daemon=True
         )
         with self._lock:
             process.start()

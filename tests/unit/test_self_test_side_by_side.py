@@ -18,12 +18,12 @@ from draftloom.apps.self_test import run_self_test
 from draftloom.apps.self_test_report import NO_TIME
 from draftloom.apps.self_test_side_by_side import Item, in_turns, run_side_by_side
 from draftloom.kernels.check import Check
-from tests.support.self_test_workers import dies_of_the_second, hangs, marks_its_process
 
 from . import fakes
 from .test_self_test import Lab, Other, check, named
 
 LATE = float("inf")
+WORK = "tests.support.self_test_workers:"
 ROOT = Path(__file__).parents[2]
 
 
@@ -60,14 +60,14 @@ def test_what_no_process_knows_is_checked_here() -> None:
 
 
 def test_a_check_that_ends_its_process_ends_nothing_else() -> None:
-    found = run_side_by_side(items(4), 1, LATE, serve=dies_of_the_second)
+    found = run_side_by_side(items(4), 1, LATE, work=WORK + "dies_of_the_second")
     assert [one.result.failure for one in found] == ["", "its process ended with status 3", "", ""]
     assert [one.built for one in found] == [2, 0, 2, 2]
     assert [one.result.name for one in found] == [f"number {i}" for i in range(4)]
 
 
 def test_a_check_that_does_not_end_is_given_up() -> None:
-    (found,) = run_side_by_side(items(1), 4, LATE, serve=hangs, patience=1.0)
+    (found,) = run_side_by_side(items(1), 4, LATE, work=WORK + "hangs", patience=1.0)
     assert found.result.failure == "did not end within 1 s"
     assert not found.result.passed
 
@@ -75,7 +75,7 @@ def test_a_check_that_does_not_end_is_given_up() -> None:
 def test_what_runs_when_the_time_is_over_is_left_out() -> None:
     """It may have waited for a compiler: that is no failure."""
     begin = time.perf_counter()
-    (found,) = run_side_by_side(items(1), 4, begin + 0.5, serve=hangs, grace=0.5)
+    (found,) = run_side_by_side(items(1), 4, begin + 0.5, work=WORK + "hangs", grace=0.5)
     assert time.perf_counter() - begin < 30
     assert found.result.left_out == NO_TIME
     assert not found.result.failure
@@ -101,33 +101,33 @@ def test_what_is_left_out_goes_on_and_what_hangs_does_not(tmp_path: Path) -> Non
     item = Item(str(tmp_path), 0, check(1.0))
     begun, done = tmp_path / "begun", tmp_path / "done"
     late = time.perf_counter() + 3
-    (found,) = run_side_by_side([item], 1, late, serve=marks_its_process, grace=0.0)
+    (found,) = run_side_by_side([item], 1, late, work=WORK + "marks_its_process", grace=0.0)
     assert found.result.left_out == NO_TIME
     assert soon(done.exists)
     os.kill(int(begun.read_text()), signal.SIGKILL)
-    (found,) = run_side_by_side([item], 1, LATE, serve=marks_its_process, patience=4.0)
+    (found,) = run_side_by_side([item], 1, LATE, work=WORK + "marks_its_process", patience=4.0)
     assert found.result.failure == "did not end within 4 s"
     assert soon(lambda: ended(int(begun.read_text())))
 
 
 def test_no_check_is_begun_after_the_time() -> None:
-    found = run_side_by_side(items(3), 2, time.perf_counter(), serve=dies_of_the_second)
+    found = run_side_by_side(items(3), 2, time.perf_counter(), work=WORK + "dies_of_the_second")
     assert [one.result.left_out for one in found] == ["not run (time)"] * 3
 
 
-def test_processes_begin_with_what_takes_longest_to_import() -> None:
+def test_processes_begin_with_what_takes_longest_to_import_and_nothing_of_mlx() -> None:
     """In an interpreter of its own: another test's processes may come from elsewhere."""
     program = """
 from draftloom.apps.self_test_side_by_side import run_side_by_side
-from tests.support.self_test_workers import tells
 from tests.unit.test_self_test_side_by_side import LATE, items
 if __name__ == "__main__":
-    print(*(one.result.failure for one in run_side_by_side(items(2), 2, LATE, serve=tells)))
+    found = run_side_by_side(items(2), 2, LATE, work="tests.support.bare_worker:tells")
+    print(*(one.result.failure for one in found))
 """
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert done.stdout.split() == ["transformers"] * 2, "and nothing of MLX"
+    assert done.stdout.split() == ["transformers"] * 2
 
 
 def test_kernels_take_turns() -> None:
