@@ -11,7 +11,7 @@ from typing import Any
 import mlx.nn as nn
 
 from draftloom.kernel_settings import KernelSettings
-from draftloom.kernels.few_rows import OPERATION, exchange, wanted
+from draftloom.kernels.few_rows import OPERATION, exchange
 
 from .packed import PackedModel
 
@@ -35,7 +35,7 @@ class FewRows:
         """Exchange the layers if the settings ask for a kernel; what was exchanged before is put
         back first. What is packed is packed before."""
         self.restore()
-        use = wanted(settings.use(OPERATION.name))
+        use = OPERATION.wanted(settings.use(OPERATION.name))
         if use is None:
             return
         for one in self._packed.products:

@@ -25,7 +25,7 @@ from draftloom.sampling import SamplingState
 
 from .dflash.base import BlockDrafter, BlockSession
 from .dflash.context import ContextCache
-from .dflash.model import ALL_ROWS, DFlashLayer, DFlashModel, Masks
+from .dflash.model import ALL_ROWS, DFlashLayer, DFlashModel, Shared
 
 __all__ = ["DFlash2Drafter", "DFlash2Model"]
 
@@ -86,12 +86,12 @@ class _Layer(DFlashLayer):
         self.mlp_conv = _Convolution(config, kernel)
 
     def __call__(
-        self, x: mx.array, cache: ContextCache, masks: Masks, rows: slice = ALL_ROWS
+        self, x: mx.array, cache: ContextCache, shared: Shared, rows: slice = ALL_ROWS
     ) -> mx.array:
         """These rows of a block [B, T, D] after the layer. The context's keys and values see no
         convolution. All rows are computed: those behind them are in the convolutions of others."""
         normed = self.input_layernorm(x)
-        h = x + self.attention_conv(normed, lambda inner: self.self_attn(inner, cache, masks))
+        h = x + self.attention_conv(normed, lambda inner: self.self_attn(inner, cache, shared))
         return (h + self.mlp_conv(self.post_attention_layernorm(h), self.mlp))[:, rows]
 
 

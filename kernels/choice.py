@@ -59,6 +59,12 @@ class Operation:
         here = (n for n in sorted(self.timed) if self.kernels[n].why_not_here() is None)
         return next(here, ARRAY)
 
+    def wanted(self, use: Any) -> Any:
+        """What a choice (None is `auto`) asks for in place of array code on the default device;
+        None where it asks for nothing else."""
+        use = self.default() if use is None else use
+        return None if use == ARRAY else use
+
     def choose(self, request: Any, use: Any = None) -> Choice:
         """The implementation that serves a request; the same one is decided, and logged, once.
 

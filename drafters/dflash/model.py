@@ -24,11 +24,22 @@ from draftloom.kernels.packed_projections import OneProduct
 from .context import ContextCache, ContextWindow
 from .one_product import PackedContext
 
-__all__ = ["ALL_ROWS", "DFlashLayer", "DFlashModel", "Masks"]
+__all__ = ["ALL_ROWS", "DFlashLayer", "DFlashModel", "Shared"]
 
 
-Masks = dict[tuple[Any, ...], Any]
-"""What the layers of one pass share: a mask for each kind of layer, and the positions."""
+class Shared:
+    """What the layers of one pass share.
+
+    Attributes:
+        masks: the mask of each kind of layer, once one has made it.
+        rotation: the positions of the block, likewise.
+    """
+
+    def __init__(self) -> None:
+        self.masks: dict[tuple[Any, ...], mx.array | None] = {}
+        self.rotation: qk_norm_rope.Rotation | None = None
+
+
 Spans = list[tuple[int, int]]
 """Runs of rows, [start, stop) each."""
 ALL_ROWS = slice(None)
@@ -84,45 +95,51 @@ class _Attention(nn.Module):
         return self.window if self.window_from_anchor else self.window - 1
 
     def __call__(
-        self, x: mx.array, cache: ContextCache, masks: Masks, rows: slice = ALL_ROWS
+        self, x: mx.array, cache: ContextCache, shared: Shared, rows: slice = ALL_ROWS
     ) -> mx.array:
         """These rows of a block [B, T, D] at the position after the context, over that context and
         the whole block."""
-        batch, tokens, _ = x.shape
-        first, stop, _ = rows.indices(tokens)
-        if self.product is not None and self.placed_by is not None:
-            queries, *pair = self._placed_at_once(self.product.joined(x), cache.offset, masks)
-            queries = queries[:, :, rows]
-        else:
-            if self.product is None:
-                queries, keys, values = self.q_proj(x[:, rows]), self.k_proj(x), self.v_proj(x)
-            else:
-                queries, keys, values = self.product(x)
-                queries = queries[:, rows]
-            queries = self.q_norm(queries.reshape(batch, stop - first, self.heads, self.head_dim))
-            queries = self.rope(queries.transpose(0, 2, 1, 3), offset=cache.offset + first)
-            pair = [*self._placed(keys, values, cache.offset)]
+        tokens = x.shape[1]
+        queries, *pair = self._block(x, cache.offset, shared, rows)
         keys, values = cache.with_block(*pair)
         if on_cuda():  # its attention is planned for the number of keys: one for many cycles
             keys, values = cache.arrays
         kind = (self.window, self.causal, cache.sinks, cache.window, keys.shape[2])
-        if kind not in masks:
-            masks[kind] = self._mask(tokens, cache, keys.shape[2])
-        mask = masks[kind]
+        if kind not in shared.masks:
+            shared.masks[kind] = self._mask(tokens, cache, keys.shape[2])
+        mask = shared.masks[kind]
         output = mx.fast.scaled_dot_product_attention(
             queries, keys, values, scale=self.scale, mask=None if mask is None else mask[rows]
         )
-        return self.o_proj(output.transpose(0, 2, 1, 3).reshape(batch, stop - first, -1))
+        return self.o_proj(output.transpose(0, 2, 1, 3).flatten(2))
+
+    def _block(
+        self, x: mx.array, position: int, shared: Shared, rows: slice
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """Queries of these rows of a block, keys and values of all, as attention takes them."""
+        if self.product is not None and self.placed_by is not None:
+            placed, keys, values = self._placed_at_once(self.product.joined(x), position, shared)
+            return placed[:, :, rows], keys, values
+        if self.product is None:
+            queries, keys, values = self.q_proj(x[:, rows]), self.k_proj(x), self.v_proj(x)
+        else:
+            queries, keys, values = self.product(x)
+            queries = queries[:, rows]
+        first, _, _ = rows.indices(x.shape[1])
+        queries = self.q_norm(queries.reshape(*queries.shape[:2], self.heads, self.head_dim))
+        queries = self.rope(queries.transpose(0, 2, 1, 3), offset=position + first)
+        return queries, *self._placed(keys, values, position)
 
     def _placed_at_once(
-        self, rows: mx.array, position: int, masks: Masks
+        self, product: mx.array, position: int, shared: Shared
     ) -> tuple[mx.array, mx.array, mx.array]:
-        """Queries, keys and values as attention takes them, of a product [B, T, N] of all three."""
+        """Queries, keys and values of a product [B, T, N] of all three."""
         heads = qk_norm_rope.Heads(self.heads, self.kv_heads, self.head_dim, self.head_dim)
-        rotation = masks.setdefault(("rotation",), qk_norm_rope.Rotation(self.rope, position))
+        if shared.rotation is None:
+            shared.rotation = qk_norm_rope.Rotation(self.rope, position)
         norms = self.q_norm, self.k_norm
-        found = qk_norm_rope.place(rows, heads, norms, rotation, use=self.placed_by)
-        return *found, self._split(rows[..., heads.ends[1] :], self.kv_heads)
+        found = qk_norm_rope.place(product, heads, norms, shared.rotation, use=self.placed_by)
+        return *found, self._split(product[..., heads.ends[1] :], self.kv_heads)
 
     def _mask(self, tokens: int, cache: ContextCache, length: int) -> mx.array | None:
         """Which of the first `length` rows a query may see: [T, length]; None is all."""
@@ -174,11 +191,11 @@ class DFlashLayer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def __call__(
-        self, x: mx.array, cache: ContextCache, masks: Masks, rows: slice = ALL_ROWS
+        self, x: mx.array, cache: ContextCache, shared: Shared, rows: slice = ALL_ROWS
     ) -> mx.array:
         """These rows of a block [B, T, D] after the layer, over the context in its cache. No more
         than these is computed, but for keys and values."""
-        h = x[:, rows] + self.self_attn(self.input_layernorm(x), cache, masks, rows)
+        h = x[:, rows] + self.self_attn(self.input_layernorm(x), cache, shared, rows)
         return h + self.mlp(self.post_attention_layernorm(h))
 
 
@@ -265,10 +282,10 @@ class DFlashModel(nn.Module):
     ) -> mx.array:
         """Normed hidden states of these rows of a block, from its embeddings [B, T, D]. Other rows
         are computed as far as these see them."""
-        h, masks = embeddings, Masks()
+        h, shared = embeddings, Shared()
         last = len(self.layers) - 1
         for index, (layer, entry) in enumerate(zip(self.layers, cache, strict=True)):
-            h = layer(h, entry, masks, rows if index == last else ALL_ROWS)
+            h = layer(h, entry, shared, rows if index == last else ALL_ROWS)
         return self.norm(h)
 
 

@@ -68,7 +68,7 @@ def few_rows_in_network(network: Any, use: Any) -> None:
         network: a `DFlashModel`, its weights loaded.
         use: as `draftloom.kernels.few_rows.product`.
     """
-    use = few_rows.wanted(use)
+    use = few_rows.OPERATION.wanted(use)
     if use is None:
         return
     for layer in network.layers:
@@ -85,7 +85,7 @@ def place_heads(network: Any, use: Any) -> None:
         network: a `DFlashModel`, packed as it is to be.
         use: as `draftloom.kernels.qk_norm_rope.place`.
     """
-    use = qk_norm_rope.wanted(use)
+    use = qk_norm_rope.OPERATION.wanted(use)
     for layer in network.layers:
         layer.self_attn.placed_by = use
     if use is not None and all(layer.self_attn.product is None for layer in network.layers):

@@ -6,11 +6,11 @@ longer than the product takes the device. Here it is one kernel launch, planned 
 Importing this package compiles nothing: a kernel is compiled at its first launch.
 
 - :func:`product` runs it.
-- `wanted` says which kernel, if any, a setting of the operation asks for here.
+- ``OPERATION.wanted`` says which kernel, if any, a setting of the operation asks for here.
 """
 
 from . import array, reference
-from .dispatch import OPERATION, product, wanted
+from .dispatch import OPERATION, product
 from .gpu import TIMED, cuda
 from .launch import MOST_ROWS, Request
 from .layers import FewRowsEmbedding, FewRowsLinear, exchange
@@ -27,5 +27,4 @@ __all__ = [
     "exchange",
     "product",
     "reference",
-    "wanted",
 ]

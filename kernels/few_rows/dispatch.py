@@ -8,22 +8,15 @@ from typing import Any
 import mlx.core as mx
 
 from draftloom.device import on_gpu
-from draftloom.kernels.choice import ARRAY, Operation
+from draftloom.kernels.choice import Operation
 
 from . import array
 from .gpu import TIMED, cuda
 from .launch import MOST_ROWS, Request
 
-__all__ = ["OPERATION", "product", "wanted"]
+__all__ = ["OPERATION", "product"]
 
 OPERATION = Operation("few-rows", array, {"cuda": cuda}, TIMED)
-
-
-def wanted(use: Any) -> Any:
-    """What a choice (None is `auto`) asks for in place of MLX's product on this device; None where
-    it asks for nothing else."""
-    use = OPERATION.default() if use is None else use
-    return None if use == ARRAY else use
 
 
 def product(x: mx.array, weight: mx.array, *, use: Any = None) -> mx.array:

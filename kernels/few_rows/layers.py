@@ -53,7 +53,7 @@ def exchange(model: nn.Module, use: Any) -> list[tuple[Any, str, nn.Module]]:
 
     Args:
         model: loaded.
-        use: as `draftloom.kernels.few_rows.wanted` gives it.
+        use: as `draftloom.kernels.few_rows.OPERATION.wanted` gives it.
 
     Returns:
         (module, name, layer) of what was exchanged.

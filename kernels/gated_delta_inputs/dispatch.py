@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 
 from draftloom.device import on_gpu
-from draftloom.kernels.choice import ARRAY, Operation
+from draftloom.kernels.choice import Operation
 
 from . import array
 from .gpu import TIMED, cuda, metal
@@ -39,7 +39,7 @@ def prepare(
     Returns:
         q, k, v, the gates, and the convolution's whole input.
     """
-    if (OPERATION.default() if use is None else use) == ARRAY:
+    if OPERATION.wanted(use) is None:
         return array.prepare(layer, projected, before, mask)
     conv: Any = layer.conv
     request = Request(

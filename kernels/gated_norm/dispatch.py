@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from draftloom.device import on_gpu
-from draftloom.kernels.choice import ARRAY, Operation
+from draftloom.kernels.choice import Operation
 
 from . import array
 from .gpu import TIMED, cuda, metal
@@ -31,7 +31,7 @@ def normalise(norm: Any, y: mx.array, z: mx.array, *, use: Any = None) -> mx.arr
     Returns:
         [B, T, Hv, Dv] in y's dtype.
     """
-    if (OPERATION.default() if use is None else use) == ARRAY:
+    if OPERATION.wanted(use) is None:
         return array.normalise(norm, y, z)
     device = "gpu" if on_gpu() else "cpu"
     plain = isinstance(norm, nn.Module) and list(norm) == ["weight"] and hasattr(norm, "eps")

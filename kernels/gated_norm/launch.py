@@ -10,40 +10,22 @@ import attrs
 import mlx.core as mx
 
 from draftloom.kernels.backend import Backend, KernelLauncher
+from draftloom.kernels.head_norm import HeadNormRequest
 
 from .source import Variant
 
 __all__ = ["Launcher", "Request", "unsupported"]
 
-_FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 
-
-@attrs.frozen
-class Request:
-    """What a call asks of a kernel.
-
-    Attributes:
-        dtype: of y.
-        size: Dv.
-        plain: whether the norm has a weight and an epsilon, and nothing else.
-        device: "cpu" or "gpu", the default device.
-    """
-
-    dtype: mx.Dtype
-    size: int
-    plain: bool
-    device: str
+class Request(HeadNormRequest):
+    """What a call asks of a kernel. It is plain if the norm has a weight and an epsilon, and
+    nothing else."""
 
 
 def unsupported(request: Request) -> str | None:
     """Why the kernel body cannot serve a request, or None if it can."""
-    if request.size % 32 or not 32 <= request.size <= 256:
-        return f"Dv = {request.size}: the kernel needs a multiple of 32 up to 256"
-    if request.dtype not in _FLOATS:
-        return f"dtype {request.dtype}: the kernel takes float32, float16 and bfloat16"
-    if not request.plain:
-        return "the layer's norm is not an RMS norm with a weight and an epsilon"
-    return None
+    plain = "the layer's norm is not an RMS norm with a weight and an epsilon"
+    return request.why_not("Dv", plain)
 
 
 @lru_cache(maxsize=512)

@@ -4,9 +4,12 @@ Inputs are read through their strides, so that a gate that is a slice of a wider
 copy. Everything is float32 between reading and writing.
 """
 
+from typing import ClassVar
+
 import attrs
 
 from draftloom.kernels.gated_delta_inputs.source import CUDA_PRELUDE, METAL_PRELUDE
+from draftloom.kernels.head_norm import HeadNormVariant
 
 __all__ = ["CUDA_PRELUDE", "METAL_PRELUDE", "Variant"]
 
@@ -42,32 +45,10 @@ _BODY = """
 
 
 @attrs.frozen(cache_hash=True)
-class Variant:
-    """The kernel for one epsilon.
+class Variant(HeadNormVariant):
+    """The kernel for one epsilon."""
 
-    Attributes:
-        eps: added to the mean square; written into the source, since a kernel's template values
-            are whole numbers.
-    """
-
-    eps: float
-
-    @property
-    def name(self) -> str:
-        """A short name; the backend adds a digest of the source."""
-        return "draftloom_gated_norm"
-
-    @property
-    def inputs(self) -> list[str]:
-        """Names of the inputs, in order."""
-        return ["y", "z", "weight"]
-
-    @property
-    def outputs(self) -> list[str]:
-        """Names of the outputs, in order."""
-        return ["out"]
-
-    @property
-    def source(self) -> str:
-        """The body, as handed to MLX for either backend."""
-        return _BODY.replace("@EPS@", f"{self.eps:.9e}f")
+    name = "draftloom_gated_norm"
+    inputs: ClassVar = ["y", "z", "weight"]
+    outputs: ClassVar = ["out"]
+    body = _BODY

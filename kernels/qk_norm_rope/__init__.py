@@ -7,7 +7,7 @@ Importing this package compiles nothing: a kernel is compiled at its first launc
 """
 
 from . import array, reference
-from .dispatch import OPERATION, place, wanted
+from .dispatch import OPERATION, place
 from .gpu import TIMED, cuda, metal
 from .launch import Request
 from .placing import Heads, Rotation
@@ -23,5 +23,4 @@ __all__ = [
     "metal",
     "place",
     "reference",
-    "wanted",
 ]

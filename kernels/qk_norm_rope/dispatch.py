@@ -8,23 +8,16 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from draftloom.device import on_gpu
-from draftloom.kernels.choice import ARRAY, Operation
+from draftloom.kernels.choice import Operation
 
 from . import array
 from .gpu import TIMED, cuda, metal
 from .launch import Request
 from .placing import Heads, Rotation
 
-__all__ = ["OPERATION", "place", "wanted"]
+__all__ = ["OPERATION", "place"]
 
 OPERATION = Operation("qk-norm-rope", array, {"metal": metal, "cuda": cuda}, TIMED)
-
-
-def wanted(use: Any) -> Any:
-    """What a choice (None is `auto`) asks for in place of MLX's operations on this device; None
-    where it asks for nothing else."""
-    use = OPERATION.default() if use is None else use
-    return None if use == ARRAY else use
 
 
 def place(
@@ -47,7 +40,7 @@ def place(
     Returns:
         [B, Hq, T, D] and [B, Hk, T, D] in the product's dtype.
     """
-    if (OPERATION.default() if use is None else use) == ARRAY:
+    if OPERATION.wanted(use) is None:
         return array.place(rows, heads, norms, rotation)
     plain = rotation.plain and all(type(norm) is nn.RMSNorm for norm in norms)
     plain = plain and norms[0].eps == norms[1].eps

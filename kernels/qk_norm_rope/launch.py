@@ -10,42 +10,23 @@ import attrs
 import mlx.core as mx
 
 from draftloom.kernels.backend import Backend, KernelLauncher
+from draftloom.kernels.head_norm import HeadNormRequest
 
 from .placing import Heads, Rotation
 from .source import Variant
 
 __all__ = ["Launcher", "Request", "unsupported"]
 
-_FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 
-
-@attrs.frozen
-class Request:
-    """What a call asks of a kernel.
-
-    Attributes:
-        dtype: of the product.
-        size: D.
-        plain: whether both norms have a weight and the same epsilon, and positions a base and a
-            scale, and nothing else.
-        device: "cpu" or "gpu", the default device.
-    """
-
-    dtype: mx.Dtype
-    size: int
-    plain: bool
-    device: str
+class Request(HeadNormRequest):
+    """What a call asks of a kernel. It is plain if both norms have a weight and the same epsilon,
+    and positions a base and a scale, and nothing else."""
 
 
 def unsupported(request: Request) -> str | None:
     """Why the kernel body cannot serve a request, or None if it can."""
-    if request.size % 32 or not 32 <= request.size <= 256:
-        return f"D = {request.size}: the kernel needs a multiple of 32 up to 256"
-    if request.dtype not in _FLOATS:
-        return f"dtype {request.dtype}: the kernel takes float32, float16 and bfloat16"
-    if not request.plain:
-        return "norms that are not two plain RMS norms, or other rotary positions than plain ones"
-    return None
+    plain = "norms that are not two plain RMS norms, or other rotary positions than plain ones"
+    return request.why_not("D", plain)
 
 
 @attrs.frozen(cache_hash=True)

@@ -5,9 +5,12 @@ rotated with comes from the cache of the processor. What MLX's norm rounds is ro
 else is float32 between reading and writing.
 """
 
+from typing import ClassVar
+
 import attrs
 
 from draftloom.kernels.gated_delta_inputs.source import CUDA_PRELUDE, METAL_PRELUDE
+from draftloom.kernels.head_norm import HeadNormVariant
 
 __all__ = ["CUDA_PRELUDE", "METAL_PRELUDE", "Variant"]
 
@@ -59,32 +62,10 @@ _BODY = """
 
 
 @attrs.frozen(cache_hash=True)
-class Variant:
-    """The kernel for one epsilon.
+class Variant(HeadNormVariant):
+    """The kernel for one epsilon."""
 
-    Attributes:
-        eps: added to the mean square; written into the source, since a kernel's template values
-            are whole numbers.
-    """
-
-    eps: float
-
-    @property
-    def name(self) -> str:
-        """A short name; the backend adds a digest of the source."""
-        return "draftloom_qk_norm_rope"
-
-    @property
-    def inputs(self) -> list[str]:
-        """Names of the inputs, in order."""
-        return ["rows", "q_weight", "k_weight", "table"]
-
-    @property
-    def outputs(self) -> list[str]:
-        """Names of the outputs, in order."""
-        return ["q", "k"]
-
-    @property
-    def source(self) -> str:
-        """The body, as handed to MLX for either backend."""
-        return _BODY.replace("@EPS@", f"{self.eps:.9e}f")
+    name = "draftloom_qk_norm_rope"
+    inputs: ClassVar = ["rows", "q_weight", "k_weight", "table"]
+    outputs: ClassVar = ["q", "k"]
+    body = _BODY

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from draftloom.kernels.few_rows import array, cuda, dispatch, reference
 from draftloom.kernels.few_rows.checks import CASES, TOLERANCE, Case, checks_of
 from draftloom.kernels.few_rows.launch import Geometry, Launcher, Request, unsupported
 from draftloom.kernels.few_rows.source import Product
-from tests.parity.metal_shim import emulator
+from tests.parity.metal_shim import emulator, needs_compiler
 
 WORDS = """
 #include "cuda_words.h"
@@ -30,7 +29,6 @@ inline T __ldcs(const T* from) { return *from; }
 template <typename T>
 inline T __ldg(const T* from) { return *from; }
 """
-compiled = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 
 
 def launcher_for(folder: Path, geometry: Geometry | None = None) -> Launcher:
@@ -45,7 +43,7 @@ def error(found: mx.array, expected: mx.array) -> float:
     return float(gap.item())
 
 
-@compiled
+@needs_compiler
 @pytest.mark.parametrize(
     ("case", "geometry"),
     [
@@ -63,7 +61,7 @@ def test_the_source_lane_by_lane(tmp_path: Path, case: Case, geometry: Geometry 
     assert error(found, reference.product(x, weight)) < TOLERANCE[case.dtype]
 
 
-@compiled
+@needs_compiler
 def test_rows_of_all_leading_dimensions_count(tmp_path: Path) -> None:
     x, weight = Case(mx.bfloat16, 6, 16, 64).arrays()
     launcher, whole = launcher_for(tmp_path), reference.product(x, weight)
@@ -100,8 +98,8 @@ def test_what_the_kernel_does_not_take() -> None:
 def test_nothing_is_taken_by_itself_here() -> None:
     assert array.by_default()
     assert not cuda.by_default()
-    assert not few_rows.wanted(None)
-    assert not few_rows.wanted("array")
+    assert not few_rows.OPERATION.wanted(None)
+    assert not few_rows.OPERATION.wanted("array")
 
 
 class Own:

@@ -4,8 +4,6 @@ What is compiled is the very header and body that go to ``mx.fast.metal_kernel``
 """
 
 import importlib.util
-import re
-import shutil
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,9 +12,9 @@ import pytest
 from draftloom.kernels.gated_delta import cuda, metal, reference
 from draftloom.kernels.gated_delta.launch import Backend, Geometry, Launcher, geometry_for
 from draftloom.kernels.gated_delta.source import CUDA_PRELUDE, METAL_PRELUDE, Variant
-from tests.parity.metal_shim import emulator
+from tests.parity.metal_shim import builtins_in, emulator, needs_compiler
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+pytestmark = needs_compiler
 
 TOLERANCE = {mx.float32: 2e-6, mx.float16: 1e-3, mx.bfloat16: 6e-3}
 STATE_TOLERANCE = 2e-6
@@ -183,7 +181,7 @@ def test_the_emulated_source_is_the_one_metal_gets():
 def test_the_source_uses_only_builtins_that_mlx_lm_uses():
     variant = Variant(replay=True, block=True, tape=True, masked=True, middle=True, end=True)
     text = METAL_PRELUDE + variant.source
-    used = set(re.findall(r"\b(?:simd_\w+|simdgroup_\w+|thread\w*_\w+|metal::\w+|fast::\w+)", text))
+    used = builtins_in(text)
     assert used - {"thread_id"} == {
         "simd_shuffle_xor",
         "simdgroup_index_in_threadgroup",

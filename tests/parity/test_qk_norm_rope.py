@@ -4,8 +4,6 @@ lane by lane, CUDA's prelude too, and a drafter that drafts with it."""
 from __future__ import annotations
 
 import logging
-import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,21 +17,15 @@ import pytest
 from draftloom import KernelSettings
 from draftloom.drafters.dflash.one_product import place_heads
 from draftloom.kernels import qk_norm_rope
-from draftloom.kernels.backend import CUDA_BUILTINS, Backend
+from draftloom.kernels.backend import Backend
 from draftloom.kernels.check import difference
 from draftloom.kernels.qk_norm_rope import Heads, Rotation, checks, launch, source
-from tests.parity.metal_shim import emulator
+from tests.parity.metal_shim import builtins_in, cuda_prelude, emulator, needs_compiler
 from tests.parity.test_dflash import HIDDEN, VOCAB
 from tests.parity.test_packed_drafter import CONFIGS, FakeTarget, bound, drafts
 from tests.support.pipelines import dflash_checkpoint
 
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
-
-PRELUDES = {
-    "metal": source.METAL_PRELUDE,
-    "cuda": "#define __device__\n#define __forceinline__ inline\n"
-    + source.CUDA_PRELUDE.removeprefix(CUDA_BUILTINS),
-}
+PRELUDES = {"metal": source.METAL_PRELUDE, "cuda": cuda_prelude(source.CUDA_PRELUDE)}
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +79,7 @@ def test_nothing_but_heads_is_read(backend: Backend) -> None:
 
 def test_the_sources_use_only_builtins_that_mlx_lm_uses() -> None:
     text = source.METAL_PRELUDE + source.Variant(1e-6).source
-    found = re.findall(r"\b(?:simd_\w+|simdgroup_\w+|thread\w*_\w+|metal::\w+|fast::\w+)", text)
-    assert set(found) == {
+    assert builtins_in(text) == {
         "metal::exp",
         "metal::rsqrt",
         "simd_shuffle_xor",
@@ -187,9 +178,9 @@ def test_a_drafter_drafts_the_same(
 
 def test_it_is_chosen_by_name() -> None:
     settings = KernelSettings.of({"qk-norm-rope": "array"})
-    assert qk_norm_rope.wanted(settings.use("qk-norm-rope")) is None
-    assert qk_norm_rope.wanted(None) is None, "it was not timed: auto does not run it"
-    assert qk_norm_rope.wanted("cuda") == "cuda"
+    assert qk_norm_rope.OPERATION.wanted(settings.use("qk-norm-rope")) is None
+    assert qk_norm_rope.OPERATION.wanted(None) is None, "it was not timed: auto does not run it"
+    assert qk_norm_rope.OPERATION.wanted("cuda") == "cuda"
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from draftloom.kernels.verify_attention.checks import checks_of
 from draftloom.kernels.verify_attention.launch import Launcher, unsupported_shape
 from draftloom.kernels.verify_attention.prelude import METAL_PRELUDE
 from draftloom.plugins import PluginManager
-from tests.parity.metal_shim import emulator
+from tests.parity.metal_shim import emulator, needs_compiler
 from tests.support import models, pipelines
 from tests.support.attention_cases import CASES, TOLERANCE, Case, error, truth
 from tests.support.families_more import MORE, adapted, new_model
@@ -270,7 +269,7 @@ def test_a_pipeline_gives_mlx_lms_tokens(family: str, choice: str) -> None:
     assert choice == "array" or any(queries > 1 for queries, _ in recorder.calls)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+@needs_compiler
 def test_the_emulated_kernel_inside_a_model(tmp_path: Path) -> None:
     launcher = Launcher(
         Backend("metal", emulator.Emulator(tmp_path), METAL_PRELUDE), poison=float("nan")

@@ -6,8 +6,6 @@ and the words for positions and barriers are the shim's; all else is the text th
 
 from __future__ import annotations
 
-import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,10 +38,10 @@ from draftloom.kernels.verify_attention.tensor import (
     CUDA_TENSOR,
     TensorPartial,
 )
-from tests.parity.metal_shim import emulator
+from tests.parity.metal_shim import builtins_in, emulator, needs_compiler
 from tests.support.attention_cases import CASES, TOLERANCE, Case, error, poisoned, truth
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+pytestmark = needs_compiler
 
 WORDS = '#include "cuda_words.h"\n'
 
@@ -244,7 +242,7 @@ def test_the_emulated_sources_are_the_ones_that_are_sent() -> None:
 
 def test_the_source_uses_only_builtins_that_mlx_lm_uses() -> None:
     text = METAL_PRELUDE + Partial(1.0).source + Combine(True).source
-    used = set(re.findall(r"\b(?:simd_\w+|simdgroup_\w+|thread\w*_\w+|metal::\w+|fast::\w+)", text))
+    used = builtins_in(text)
     assert used - {"thread_id"} == {
         "metal::exp",
         "simd_shuffle_xor",
