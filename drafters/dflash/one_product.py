@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from draftloom.kernels import few_rows, qk_norm_rope
+from draftloom.kernels import add_rms_norm, few_rows, qk_norm_rope
 from draftloom.kernels.packed_projections import (
     Decision,
     OneProduct,
@@ -22,7 +22,14 @@ from draftloom.kernels.packed_projections import (
     why_not,
 )
 
-__all__ = ["OPERATION", "PackedContext", "few_rows_in_network", "pack_network", "place_heads"]
+__all__ = [
+    "OPERATION",
+    "PackedContext",
+    "add_in_network",
+    "few_rows_in_network",
+    "pack_network",
+    "place_heads",
+]
 
 OPERATION = "packed-drafter"
 _QKV = ("q_proj", "k_proj", "v_proj")
@@ -76,6 +83,18 @@ def few_rows_in_network(network: Any, use: Any) -> None:
             if module.product is not None:
                 module.product.few_rows = use
     few_rows.exchange(network, use)
+
+
+def add_in_network(network: Any, use: Any) -> None:
+    """Add and norm in a network's layers by a kernel, if that is what `use` says.
+
+    Args:
+        network: a `DFlashModel`.
+        use: as `draftloom.kernels.add_rms_norm.add_norm`.
+    """
+    use = add_rms_norm.OPERATION.wanted(use)
+    for layer in network.layers:
+        layer.added_by = "array" if use is None else use
 
 
 def place_heads(network: Any, use: Any) -> None:

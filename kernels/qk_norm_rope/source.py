@@ -10,7 +10,7 @@ from typing import ClassVar
 import attrs
 
 from draftloom.kernels.gated_delta_inputs.source import CUDA_PRELUDE, METAL_PRELUDE
-from draftloom.kernels.head_norm import HeadNormVariant
+from draftloom.kernels.rms_norm import NormVariant
 
 __all__ = ["CUDA_PRELUDE", "METAL_PRELUDE", "Variant"]
 
@@ -62,7 +62,7 @@ _BODY = """
 
 
 @attrs.frozen(cache_hash=True)
-class Variant(HeadNormVariant):
+class Variant(NormVariant):
     """The kernel for one epsilon."""
 
     name = "draftloom_qk_norm_rope"

@@ -1,4 +1,4 @@
-"""What kernels have in common whose simdgroups norm one head each."""
+"""What kernels with an RMS norm in them have in common."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from typing import ClassVar
 import attrs
 import mlx.core as mx
 
-__all__ = ["HeadNormRequest", "HeadNormVariant"]
+__all__ = ["FLOATS", "HeadNormRequest", "NormVariant"]
 
-_FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+"""What such kernels read and write."""
 
 
 @attrs.frozen
 class HeadNormRequest:
-    """What a call asks of such a kernel.
+    """What a call asks of a kernel whose simdgroups norm one head each.
 
     Attributes:
         dtype: of what is normed.
@@ -37,14 +38,14 @@ class HeadNormRequest:
         """
         if self.size % 32 or not 32 <= self.size <= 256:
             return f"{name} = {self.size}: the kernel needs a multiple of 32 up to 256"
-        if self.dtype not in _FLOATS:
+        if self.dtype not in FLOATS:
             return f"dtype {self.dtype}: the kernel takes float32, float16 and bfloat16"
         return None if self.plain else otherwise
 
 
 @attrs.frozen(cache_hash=True)
-class HeadNormVariant:
-    """Such a kernel for one epsilon.
+class NormVariant:
+    """A kernel for one epsilon.
 
     Attributes:
         name: a short one; the backend adds a digest of the source.
