@@ -3,8 +3,8 @@
 A variant is opened (its drafter's weights are loaded), warmed up, run over all prompts and
 lengths, and closed, which leaves the target as mlx-lm loaded it for the next one. None of that
 but the runs is timed. Prefill is the time to the first token, decode the time from there on. The
-pass that times the stages of a variant follows its runs in every repeat: a host that is slower for
-a while is slower for both.
+pass that times the stages of a text follows its run: a host that is slower for a while is slower
+for both.
 """
 
 from __future__ import annotations
@@ -203,14 +203,14 @@ def measure(
         settings: how.
         prompts: at least one.
         progress: told what runs next.
-        stages: time the stages too, after the runs of each variant in each repeat.
+        stages: time the stages too, of each text of the shortest length after its run.
     """
     runs: list[Run] = []
     texts: list[Text] = []
     timed: list[StageTimes] = []
     reference: dict[tuple[int, int, int], tuple[int, ...]] = {}
     outputs: list[tuple[int, ...]] = []
-    shortest = settings.lengths[0], settings.stop_at_eos, settings.warm_up
+    shortest, at_eos = settings.lengths[0], settings.stop_at_eos
     for repeat in range(settings.repeats):
         turn = repeat % len(subject.variants)
         for variant in (*subject.variants[turn:], *subject.variants[:turn]):
@@ -221,6 +221,10 @@ def measure(
             time.sleep(settings.cool_down)
             with _opened(subject, variant, settings) as (run_one, pipeline):
                 run_one(prompts[0].ids, settings.warm_up)
+                staged = pipeline if stages else None
+                if staged is not None and settings.warm_up:
+                    time_stages(variant.name, staged, prompts[:1], settings.warm_up)
+                passes: list[StageTimes] = []
                 for length in settings.lengths:
                     for index, prompt in enumerate(prompts):
                         raw = run_one(prompt.ids, length)
@@ -229,11 +233,14 @@ def measure(
                         outputs.append(raw.tokens)
                         if variant.builder is None:
                             reference[(repeat, index, length)] = raw.tokens
-                        elif repeat == 0 and index == 0 and length == settings.lengths[0]:
+                        elif repeat == 0 and index == 0 and length == shortest:
                             texts.append(_text(subject, variant.name, raw))
-                if stages and pipeline is not None:
-                    progress(f"{variant.name}, stages, {turn_of}")
-                    timed.append(time_stages(variant.name, pipeline, prompts, *shortest))
+                        if staged is not None and length == shortest:
+                            passes.append(
+                                time_stages(variant.name, staged, [prompt], length, at_eos)
+                            )
+            if passes:
+                timed.append(StageTimes.one_pass(passes))
     if subject.simulation is None:
         runs = [
             run

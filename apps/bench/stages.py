@@ -7,6 +7,7 @@ of those takes. What a cycle spends outside the stages is the host's.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -59,6 +60,15 @@ class StageTimes:
     accepted: int
     seconds: dict[str, float]
     limits: tuple[float, ...]
+
+    @classmethod
+    def one_pass(cls, texts: Sequence[StageTimes]) -> StageTimes:
+        """The texts of one variant and length as one pass over all of them."""
+        total = {stage: sum(one.seconds[stage] for one in texts) for stage in STAGES}
+        cycles, accepted = sum(one.cycles for one in texts), sum(one.accepted for one in texts)
+        forward = total["draft"] + total["verify"]
+        limit = (cycles + accepted) / forward if forward else 0.0
+        return cls(texts[0].variant, texts[0].length, cycles, accepted, total, (limit,))
 
 
 class _Clock:
@@ -175,7 +185,8 @@ class _Speculation:
 
 
 def _instrumented(pipeline: Pipeline, clock: _Clock) -> Pipeline:
-    """The same pipeline over parts that count their time."""
+    """The same pipeline over parts that count their time. What cycles take here, waited for, is not
+    for its width policy to learn from: it has one of its own."""
     parts = pipeline._parts  # an application of this project; users have no need of it
 
     def open_speculation(cache: list[Any], block: mx.array) -> _Speculation:
@@ -190,6 +201,7 @@ def _instrumented(pipeline: Pipeline, clock: _Clock) -> Pipeline:
         verifier=_Verifier(parts.verifier, clock),
         acceptance=_Acceptance(parts.acceptance, clock),
         open_speculation=open_speculation,
+        width=copy.deepcopy(parts.width),
     )
     return Pipeline(pipeline.spec, wrapped, pipeline.tokenizer, pipeline.sampling, pipeline.names)
 
@@ -223,8 +235,7 @@ def time_stages(
             temperature=0.0,
             xtc_probability=0.0,
         )
-    total: dict[str, float] = dict.fromkeys(STAGES, 0.0)
-    cycles = accepted = 0
+    texts = []
     for prompt in prompts:
         stream = wrapped.stream(
             prompt.ids,
@@ -239,16 +250,13 @@ def time_stages(
                 clock.seconds.clear()
                 begin = time.perf_counter()
         wall = time.perf_counter() - begin
-        total["host"] += max(wall - sum(clock.seconds.values()), 0.0)
+        seconds = {stage: clock.seconds[stage] for stage in STAGES}
+        seconds["host"] = max(wall - sum(seconds.values()), 0.0)
         count = stream.stats.cycles
         if count > 1:  # the first cycle's draft came before the clock: the others stand for it
-            clock.seconds["draft"] *= count / (count - 1)
-        for stage, seconds in clock.seconds.items():
-            total[stage] += seconds
-        cycles, accepted = cycles + stream.stats.cycles, accepted + stream.stats.accepted
-    forward = total["draft"] + total["verify"]
-    limit = (cycles + accepted) / forward if forward else 0.0
-    return StageTimes(variant, length, cycles, accepted, total, (limit,))
+            seconds["draft"] *= count / (count - 1)
+        texts.append(StageTimes(variant, length, count, stream.stats.accepted, seconds, ()))
+    return StageTimes.one_pass(texts)
 
 
 def all_repeats(passes: Sequence[StageTimes]) -> list[StageTimes]:

@@ -166,7 +166,7 @@ def bench(
         float, typer.Option(metavar="SECONDS", help="Rest before each variant's turn.")
     ] = 0.0,
     stages: Annotated[
-        bool, typer.Option("--stages/--no-stages", help="A pass a repeat that times the stages.")
+        bool, typer.Option("--stages/--no-stages", help="A pass a text that times the stages.")
     ] = True,
     ablate: Annotated[
         bool,

@@ -247,6 +247,29 @@ def test_stage_times_cover_all_stages_and_cycles() -> None:
     assert times.limits == ((times.cycles + times.accepted) / forward,)
 
 
+def test_a_pass_over_texts_one_by_one_is_a_pass_over_all() -> None:
+    one = StageTimes("a", 8, 5, 3, dict.fromkeys(STAGES, 0.5), (8.0,))
+    two = StageTimes("a", 8, 1, 1, {**dict.fromkeys(STAGES, 0.5), "verify": 2.5}, (2 / 3,))
+    both = StageTimes.one_pass([one, two])
+    assert (both.cycles, both.accepted, both.limits) == (6, 4, (10 / 4.0,))
+    assert both.seconds == {**dict.fromkeys(STAGES, 1.0), "verify": 3.0}
+    nothing = StageTimes("a", 8, 0, 0, dict.fromkeys(STAGES, 0.0), ())
+    assert StageTimes.one_pass([nothing]).limits == (0.0,)
+
+
+def test_the_width_policy_learns_nothing_from_cycles_that_wait() -> None:
+    builder = PipelineBuilder(plugins=PluginManager(entry_points=False)).model(build("qwen3_5"))
+    builder = builder.drafter("prompt-lookup").width("adaptive", calibrate="off")
+    prompts = [EncodedPrompt("s", (1, 2, 3, 1, 2))]
+    with builder.build() as pipeline:
+        pipeline.generate(prompts[0].ids, max_tokens=12)
+        before = repr(vars(pipeline._parts.width))
+        time_stages("x", pipeline, prompts, 12)
+        assert repr(vars(pipeline._parts.width)) == before
+        pipeline.generate(prompts[0].ids, max_tokens=12)
+        assert repr(vars(pipeline._parts.width)) != before
+
+
 def test_stage_times_of_all_repeats_are_sums_by_variant() -> None:
     def one(variant: str, cycles: int, seconds: float) -> StageTimes:
         return StageTimes(variant, 8, cycles, 1, dict.fromkeys(STAGES, seconds), (seconds,))

@@ -1,0 +1,122 @@
+"""What norms are worth as one launch with what stands beside them: on the host, and in all.
+
+    python docs/benchmarks/fused_norms.py OUT.json
+
+Chains of layers, traced by `mx.compile` as a model's pass is: the residual addition and the norm
+behind it (``add-rms-norm``), and norms and rotary positions of queries and keys (``qk-norm-rope``).
+"host" is the time until the launches are handed over, "all" until their results are there; each
+divided by the layers, in microseconds. Ways take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from draftloom.apps.bench.report import machine
+from draftloom.kernels import add_rms_norm, qk_norm_rope
+from draftloom.kernels.qk_norm_rope import Heads, Rotation
+from draftloom.versions import version_of
+
+
+def additions(layers: int, tokens: int, size: int, use: Any) -> Callable[[], mx.array]:
+    """A residual stream through additions and norms."""
+    norms = [nn.RMSNorm(size) for _ in range(layers)]
+    for norm in norms:
+        norm.weight = norm.weight.astype(mx.bfloat16)
+    x = mx.random.normal((1, tokens, size)).astype(mx.bfloat16)
+    mx.eval(x, [norm.weight for norm in norms])
+
+    def run(x: mx.array) -> mx.array:
+        h = y = x
+        for norm in norms:
+            h, y = add_rms_norm.add_norm(h, y, norm, use=use)
+        return y
+
+    traced = mx.compile(run)
+    return lambda: traced(x)
+
+
+def heads(layers: int, tokens: int, gated: bool, use: Any) -> Callable[[], mx.array]:
+    """Queries and keys of packed products, at one position."""
+    shape = Heads(16, 4, 256, 512 if gated else 256)
+    norms = [(nn.RMSNorm(256), nn.RMSNorm(256)) for _ in range(layers)]
+    for pair in norms:
+        for norm in pair:
+            norm.weight = norm.weight.astype(mx.bfloat16)
+    width = shape.ends[1] + 4 * 256
+    products = [mx.random.normal((1, tokens, width)).astype(mx.bfloat16) for _ in norms]
+    rope, offset = nn.RoPE(64, base=1e7), mx.array(300)
+    mx.eval(products, offset, [norm.weight for pair in norms for norm in pair])
+
+    def run(products: list[mx.array], offset: mx.array) -> list[mx.array]:
+        rotation, found = Rotation(rope, offset), []
+        for product, pair in zip(products, norms, strict=True):
+            found += qk_norm_rope.place(product, shape, pair, rotation, use=use)
+        return found
+
+    traced = mx.compile(run)
+    return lambda: traced(products, offset)
+
+
+def timed(run: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds until it is handed over, and until it is there."""
+    mx.synchronize()
+    begin = time.perf_counter()
+    found = run()
+    mx.async_eval(found)
+    handed = time.perf_counter() - begin
+    mx.eval(found)
+    mx.synchronize()
+    return handed, time.perf_counter() - begin
+
+
+def main() -> None:
+    """Measure, print, and write the JSON."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--kernel", default="cuda")
+    parser.add_argument("--rounds", type=int, default=60)
+    options = parser.parse_args()
+    cases: dict[str, tuple[int, dict[str, Callable[[], Any]]]] = {}
+    for tokens in (1, 16):
+        for name, make, layers in (
+            ("add-rms-norm", lambda use, t=tokens: additions(64, t, 2560, use), 64),
+            ("qk-norm-rope", lambda use, t=tokens: heads(8, t, False, use), 8),
+            ("qk-norm-rope, gated", lambda use, t=tokens: heads(8, t, True, use), 8),
+        ):
+            ways = {use: make(use) for use in ("array", options.kernel)}
+            cases[f"{name}, {tokens} tokens"] = layers, ways
+    report: dict[str, Any] = {
+        "machine": machine(),
+        "versions": {name: version_of(name) for name in ("draftloom", "mlx")},
+        "microseconds": {},
+    }
+    for name, (layers, ways) in cases.items():
+        times: dict[str, list[tuple[float, float]]] = {use: [] for use in ways}
+        for turn in range(options.rounds + 5):
+            for use, run in ways.items():
+                found = timed(run)
+                if turn >= 5:
+                    times[use].append(found)
+        report["microseconds"][name] = {
+            use: {
+                what: 1e6 * statistics.median(one[at] for one in taken) / layers
+                for at, what in enumerate(("host", "all"))
+            }
+            for use, taken in times.items()
+        }
+        print(name, report["microseconds"][name], flush=True)
+        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
