@@ -16,10 +16,11 @@ import sys
 import traceback
 from multiprocessing.connection import Connection
 
-__all__ = ["LONGEST", "run"]
+__all__ = ["LONGEST", "READY", "run"]
 
 LONGEST = 300
 """Seconds after which a process ends in any case, whatever it waits for."""
+READY = "ready"
 
 
 def run(work: str, asked: Connection) -> None:
@@ -27,14 +28,16 @@ def run(work: str, asked: Connection) -> None:
 
     Args:
         work: ``module:function``, called with the connection.
-        asked: by which it is asked and answers.
+        asked: by which it is asked and answers; the first that it says is `READY`.
     """
     below = os.fork()
     if not below:
         signal.alarm(LONGEST)
         try:
             module, _, function = work.partition(":")
-            getattr(importlib.import_module(module), function)(asked)
+            serve = getattr(importlib.import_module(module), function)
+            asked.send(READY)
+            serve(asked)
         except BaseException:  # noqa: BLE001 - what ends this process, and is told
             traceback.print_exc()
             os._exit(1)

@@ -9,9 +9,19 @@ import attrs
 from draftloom.kernels.check import Check
 from draftloom.self_test_record import SelfTestRecord
 
-__all__ = ["NO_TIME", "CheckResult", "KernelReport", "Ran", "SelfTest", "in_words", "run_check"]
+__all__ = [
+    "NO_PROCESS",
+    "NO_TIME",
+    "CheckResult",
+    "KernelReport",
+    "Ran",
+    "SelfTest",
+    "in_words",
+    "run_check",
+]
 
 NO_TIME = "not run (time)"
+NO_PROCESS = "not run (no process could be started for it; what it said is above)"
 
 
 @attrs.frozen

@@ -23,8 +23,8 @@ import attrs
 from draftloom.device import device_memory, on_cuda
 from draftloom.kernels.check import Check
 
-from .self_test_process import run
-from .self_test_report import NO_TIME, CheckResult, Ran, run_check
+from .self_test_process import READY, run
+from .self_test_report import NO_PROCESS, NO_TIME, CheckResult, Ran, run_check
 
 __all__ = ["Item", "get_ready", "in_turns", "processes_here", "run_side_by_side"]
 
@@ -174,20 +174,25 @@ class _Process:
         """None where the process does not know the kernel. What runs at `end` is left out."""
         begin = time.perf_counter()
         until = min(begin + self._patience, end)
+        ready = self._running is not None
         try:
             if self._running is None:
                 self._running = self._start()
             process, asked = self._running
-            asked.send((item.kernel, item.index))
-            if asked.poll(max(until - time.perf_counter(), 0.0)):
-                found: Ran | None = asked.recv()
+            ready = ready or _answer(asked, until) == READY
+            if ready:
+                asked.send((item.kernel, item.index))
+                found: Ran | None = _answer(asked, until)
                 return found
+        except TimeoutError:
             if time.perf_counter() < end:
                 process.terminate()
             else:
                 process.kill()  # the one over it alone: what it compiles is kept
         except (EOFError, OSError):  # it has ended
-            pass
+            if not ready:
+                self.end()
+                return _left_out(item, NO_PROCESS)
         seconds = time.perf_counter() - begin
         status = self.end()
         failure = f"its process ended with status {status}"
@@ -209,8 +214,15 @@ class _Process:
         return status
 
 
-def _left_out(item: Item) -> Ran:
-    return Ran(CheckResult(item.check.name, None, None, left_out=NO_TIME))
+def _answer(asked: Connection, until: float) -> Any:
+    """What a process says, by then."""
+    if not asked.poll(max(until - time.perf_counter(), 0.0)):
+        raise TimeoutError
+    return asked.recv()
+
+
+def _left_out(item: Item, reason: str = NO_TIME) -> Ran:
+    return Ran(CheckResult(item.check.name, None, None, left_out=reason))
 
 
 def _here(item: Item) -> Ran:

@@ -49,6 +49,8 @@ def self_test(
 
 
 def _lines(found: SelfTest, versions: dict[str, str]) -> list[str]:
+    from draftloom.apps.self_test_report import NO_PROCESS, NO_TIME
+
     made = found.made_for
     lines = [f"draftloom self-test of {found.date}, {found.seconds:.1f} s"]
     lines.append(f"device {made['device']} ({made['backend']})")
@@ -57,7 +59,13 @@ def _lines(found: SelfTest, versions: dict[str, str]) -> list[str]:
     for one in found.tested:
         lines += _of(one)
     failed = [one.kernel for one in found.tested if one.failed]
-    late = [one.kernel for one in found.tested if one.left_out]
+    unable = [one.kernel for one in found.tested if _for(one, NO_PROCESS)]
+    late = [one.kernel for one in found.tested if _for(one, NO_TIME)]
+    if unable:
+        lines.append(
+            f"not wholly run: {', '.join(unable)}; those stay as they were. Their processes ended "
+            "before they could begin; what they said is above"
+        )
     if late:
         lines.append(
             f"not wholly run, for want of time: {', '.join(late)}; those stay as they were. "
@@ -66,8 +74,14 @@ def _lines(found: SelfTest, versions: dict[str, str]) -> list[str]:
     if failed:
         lines.append(f"FAILED: {', '.join(failed)}; turned off on this device")
     else:
-        lines.append("what was run passed" if late else "all passed: nothing is turned off")
+        whole = not late and not unable
+        lines.append("all passed: nothing is turned off" if whole else "what was run passed")
     return lines
+
+
+def _for(one: KernelReport, reason: str) -> bool:
+    """Whether a check of a kernel was left out for this reason."""
+    return any(check.left_out == reason for check in one.left_out)
 
 
 def _of(one: KernelReport) -> list[str]:

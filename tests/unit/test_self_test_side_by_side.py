@@ -15,7 +15,7 @@ import pytest
 
 from draftloom.apps import self_test_side_by_side as side_by_side
 from draftloom.apps.self_test import run_self_test
-from draftloom.apps.self_test_report import NO_TIME
+from draftloom.apps.self_test_report import NO_PROCESS, NO_TIME
 from draftloom.apps.self_test_side_by_side import Item, in_turns, run_side_by_side
 from draftloom.kernels.check import Check
 
@@ -64,6 +64,28 @@ def test_a_check_that_ends_its_process_ends_nothing_else() -> None:
     assert [one.result.failure for one in found] == ["", "its process ended with status 3", "", ""]
     assert [one.built for one in found] == [2, 0, 2, 2]
     assert [one.result.name for one in found] == [f"number {i}" for i in range(4)]
+
+
+def test_a_process_that_never_begins_says_nothing_of_a_check() -> None:
+    found = run_side_by_side(items(3), 2, LATE, work="no_such_module_of_a_test:serve")
+    assert [one.result.left_out for one in found] == [NO_PROCESS] * 3
+
+
+def test_a_program_that_does_not_guard_its_main_part_fails_no_check(tmp_path: Path) -> None:
+    """Python runs it again in every process, where it must not start others."""
+    script = tmp_path / "unguarded.py"
+    script.write_text(
+        "from draftloom.apps.self_test_side_by_side import run_side_by_side\n"
+        "from tests.unit.test_self_test_side_by_side import LATE, WORK, items\n"
+        "found = run_side_by_side(items(2), 1, LATE, work=WORK + 'dies_of_the_second')\n"
+        "print([one.result.left_out or one.result.failure for one in found])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=True,
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1] == str([NO_PROCESS] * 2)
+    assert "bootstrapping phase" in done.stderr
 
 
 def test_a_check_that_does_not_end_is_given_up() -> None:
