@@ -17,7 +17,6 @@ from .compiled_pass import CompiledPass
 from .early_launch import EarlyLaunch
 from .few_rows import FewRows
 from .packed import PackedModel
-from .residual import ResidualLayers
 from .verify_attention import tune_attention
 
 __all__ = ["TunedModel"]
@@ -29,7 +28,6 @@ class TunedModel(ABC):
     Attributes:
         attention: the attention modules that can be stood in for; mlx-lm's own run until some are.
         packed: the projections that can run as one product; apart until `tune` says otherwise.
-        residual: layers whose additions run with the norms behind them; apart until `tune`.
         early: layers launched while later ones are put together; none until `tune` says so.
         few: layers whose products of few rows can be a kernel's; mlx-lm's own until `tune`.
         compiled: passes that are traced once and replayed; none until `tune` says so.
@@ -39,7 +37,6 @@ class TunedModel(ABC):
 
     attention: AttentionLayers
     packed: PackedModel
-    residual: ResidualLayers
     early: EarlyLaunch
     few: FewRows
     compiled: CompiledPass
@@ -57,19 +54,16 @@ class TunedModel(ABC):
         """
         self.attention = AttentionLayers(attending, name)
         self.packed = PackedModel(model)
-        self.residual = ResidualLayers(layers)
         self.early = EarlyLaunch(layers)
         self.few = FewRows(model, self.packed)
         self.compiled = CompiledPass(model, name)
 
     def tune(self, settings: KernelSettings) -> None:
-        """Pack projections, add and norm at once, launch layers early, choose the attention of
-        verify, compile passes, as the settings say. Taps are set after."""
+        """Pack projections, launch layers early, choose the attention of verify, compile passes,
+        as the settings say. Taps are set after."""
         self.few.restore()
-        self.early.restore()
         self.packed.tune(settings)
         self.few.tune(settings)
-        self.residual.tune(settings)
         self.early.tune(settings)
         tune_attention(self.attention, settings)
         self.compiled.tune(settings, self.info)
@@ -100,4 +94,3 @@ class TunedModel(ABC):
         self.few.restore()
         self.packed.restore()
         self.early.restore()
-        self.residual.restore()

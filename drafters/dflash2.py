@@ -21,7 +21,6 @@ from draftloom.checkpoint import CandidateSelector, DrafterDescription, DynamicC
 from draftloom.contracts import ComponentInfo, Draft, DraftLaw, DraftRequest, Need
 from draftloom.drafting import all_finite
 from draftloom.errors import ModelError
-from draftloom.kernels.add_rms_norm import add_norm
 from draftloom.sampling import SamplingState
 
 from .dflash.base import BlockDrafter, BlockSession
@@ -87,20 +86,13 @@ class _Layer(DFlashLayer):
         self.mlp_conv = _Convolution(config, kernel)
 
     def __call__(
-        self,
-        both: tuple[mx.array, mx.array],
-        cache: ContextCache,
-        shared: Shared,
-        following: nn.Module,
-        rows: slice = ALL_ROWS,
-    ) -> tuple[mx.array, mx.array]:
-        """As `DFlashLayer`. The context's keys and values see no convolution. All rows are
-        computed: those behind them are in the convolutions of others."""
-        x, normed = both
-        mixed = self.attention_conv(normed, lambda inner: self.self_attn(inner, cache, shared))
-        h, normed = add_norm(x, mixed, self.post_attention_layernorm, use=self.added_by)
-        more = self.mlp_conv(normed, self.mlp)
-        return add_norm(h[:, rows], more[:, rows], following, use=self.added_by)
+        self, x: mx.array, cache: ContextCache, shared: Shared, rows: slice = ALL_ROWS
+    ) -> mx.array:
+        """These rows of a block [B, T, D] after the layer. The context's keys and values see no
+        convolution. All rows are computed: those behind them are in the convolutions of others."""
+        normed = self.input_layernorm(x)
+        h = x + self.attention_conv(normed, lambda inner: self.self_attn(inner, cache, shared))
+        return (h + self.mlp_conv(self.post_attention_layernorm(h), self.mlp))[:, rows]
 
 
 class _Selector(nn.Module):

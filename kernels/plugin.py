@@ -12,7 +12,6 @@ _INPUTS = "draftloom.kernels.gated_delta_inputs"
 _NORM = "draftloom.kernels.gated_norm"
 _ATTENTION = "draftloom.kernels.verify_attention"
 _FEW_ROWS = "draftloom.kernels.few_rows"
-_ADD = "draftloom.kernels.add_rms_norm"
 _QK = "draftloom.kernels.qk_norm_rope"
 _PACKED = "draftloom.kernels.packed_projections.target"
 _PACKED_DRAFTER = "draftloom.kernels.packed_projections.drafter"
@@ -33,9 +32,6 @@ _KERNELS = (
     ("gated-norm/metal", _NORM, "RMS norm and gate in one launch, Metal"),
     ("few-rows/array", _FEW_ROWS, "MLX's own product"),
     ("few-rows/cuda", _FEW_ROWS, "products of 2 to 32 rows in one launch, tensor cores, CUDA"),
-    ("add-rms-norm/array", _ADD, "an addition and a norm one after the other"),
-    ("add-rms-norm/cuda", _ADD, "residual addition and RMS norm in one launch, CUDA"),
-    ("add-rms-norm/metal", _ADD, "residual addition and RMS norm in one launch, Metal"),
     ("qk-norm-rope/array", _QK, "a drafter's norms and rotary positions one after the other"),
     ("qk-norm-rope/cuda", _QK, "norms and rotary positions of q and k in one launch, CUDA"),
     ("qk-norm-rope/metal", _QK, "norms and rotary positions of q and k in one launch, Metal"),

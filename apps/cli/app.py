@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -33,6 +34,9 @@ from .train import train_app
 __all__ = ["build_app", "main", "run"]
 
 NAME = "draftloom"
+LAUNCHES_AT_ONCE, MOST_LAUNCHES = "MLX_MAX_OPS_PER_BUFFER", "120"
+"""How many launches MLX hands over together at most, which it asks the environment alone. Its own
+few dozen cost a small model more than they gain; a large one's are cut by their bytes before."""
 
 
 def build_app(state: CliState) -> typer.Typer:
@@ -152,6 +156,8 @@ def _usage_line(error: Any) -> str:
 
 def main() -> None:
     """Entry point of the `draftloom` command."""
+    if sys.platform == "linux":  # where a GPU is CUDA's; MLX asks for it at its first launch
+        os.environ.setdefault(LAUNCHES_AT_ONCE, MOST_LAUNCHES)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a character shows a "?"
             stream.reconfigure(errors="replace")

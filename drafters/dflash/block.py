@@ -17,20 +17,14 @@ from draftloom.contracts import ComponentInfo, TargetAdapter
 from draftloom.drafters.formats import StoredWeights, describe_checkpoint, fill
 from draftloom.errors import CheckpointWarning, ModelError, Problem
 from draftloom.kernel_settings import KernelSettings
-from draftloom.kernels import add_rms_norm, qk_norm_rope
+from draftloom.kernels import qk_norm_rope
 from draftloom.memory import CacheCost, array_bytes, cache_bytes, module_bytes
 from draftloom.model_info import ModelInfo
 
 from .compiled import CompiledBlock, compiled_block
 from .context import ContextWindow
 from .model import DFlashModel
-from .one_product import (
-    OPERATION,
-    add_in_network,
-    few_rows_in_network,
-    pack_network,
-    place_heads,
-)
+from .one_product import OPERATION, few_rows_in_network, pack_network, place_heads
 from .packing import Packing
 
 __all__ = [
@@ -346,7 +340,6 @@ def tune_network(
     """
     pack_network(network, kernels.use(OPERATION, off="off"))
     few_rows_in_network(network, kernels.use("few-rows"))
-    add_in_network(network, kernels.use(add_rms_norm.OPERATION.name))
     place_heads(network, kernels.use(qk_norm_rope.OPERATION.name))
     return compiled_block(network, description, kernels)
 

@@ -19,7 +19,6 @@ from mlx_lm.models.rope_utils import initialize_rope
 from draftloom.checkpoint import DrafterDescription, WindowRule
 from draftloom.device import on_cuda
 from draftloom.kernels import qk_norm_rope
-from draftloom.kernels.add_rms_norm import add_norm
 from draftloom.kernels.packed_projections import OneProduct
 
 from .context import ContextCache, ContextWindow
@@ -190,33 +189,14 @@ class DFlashLayer(nn.Module):
         self.mlp = _MLP(config)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.added_by: Any = "array"  # what adds and norms; see `add_in_network`
 
     def __call__(
-        self,
-        both: tuple[mx.array, mx.array],
-        cache: ContextCache,
-        shared: Shared,
-        following: nn.Module,
-        rows: slice = ALL_ROWS,
-    ) -> tuple[mx.array, mx.array]:
-        """These rows of a block after the layer, over the context in its cache. No more than these
-        is computed, but for keys and values.
-
-        Args:
-            both: the block [B, T, D], and its `input_layernorm`.
-            cache: of this layer.
-            shared: of this pass.
-            following: the norm behind the layer.
-            rows: of the block.
-
-        Returns:
-            The rows, and `following` of them.
-        """
-        x, normed = both
-        mixed = self.self_attn(normed, cache, shared, rows)
-        h, normed = add_norm(x[:, rows], mixed, self.post_attention_layernorm, use=self.added_by)
-        return add_norm(h, self.mlp(normed), following, use=self.added_by)
+        self, x: mx.array, cache: ContextCache, shared: Shared, rows: slice = ALL_ROWS
+    ) -> mx.array:
+        """These rows of a block [B, T, D] after the layer, over the context in its cache. No more
+        than these is computed, but for keys and values."""
+        h = x[:, rows] + self.self_attn(self.input_layernorm(x), cache, shared, rows)
+        return h + self.mlp(self.post_attention_layernorm(h))
 
 
 class DFlashModel(nn.Module):
@@ -302,14 +282,11 @@ class DFlashModel(nn.Module):
     ) -> mx.array:
         """Normed hidden states of these rows of a block, from its embeddings [B, T, D]. Other rows
         are computed as far as these see them."""
-        layers: list[Any] = self.layers
-        norms = [*(layer.input_layernorm for layer in layers), self.norm]
-        both, shared = (embeddings, norms[0](embeddings)), Shared()
-        last = len(layers) - 1
-        for index, (layer, entry) in enumerate(zip(layers, cache, strict=True)):
-            kept = rows if index == last else ALL_ROWS
-            both = layer(both, entry, shared, norms[index + 1], kept)
-        return both[1]
+        h, shared = embeddings, Shared()
+        last = len(self.layers) - 1
+        for index, (layer, entry) in enumerate(zip(self.layers, cache, strict=True)):
+            h = layer(h, entry, shared, rows if index == last else ALL_ROWS)
+        return self.norm(h)
 
 
 def _union(spans: Iterable[tuple[int, int]]) -> Spans:

@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from draftloom.kernels import add_rms_norm, few_rows, qk_norm_rope
+from draftloom.kernels import few_rows, qk_norm_rope
 from draftloom.kernels.packed_projections import (
     Decision,
     OneProduct,
@@ -22,14 +22,7 @@ from draftloom.kernels.packed_projections import (
     why_not,
 )
 
-__all__ = [
-    "OPERATION",
-    "PackedContext",
-    "add_in_network",
-    "few_rows_in_network",
-    "pack_network",
-    "place_heads",
-]
+__all__ = ["OPERATION", "PackedContext", "few_rows_in_network", "pack_network", "place_heads"]
 
 OPERATION = "packed-drafter"
 _QKV = ("q_proj", "k_proj", "v_proj")
@@ -85,18 +78,6 @@ def few_rows_in_network(network: Any, use: Any) -> None:
     few_rows.exchange(network, use)
 
 
-def add_in_network(network: Any, use: Any) -> None:
-    """Add and norm in a network's layers by a kernel, if that is what `use` says.
-
-    Args:
-        network: a `DFlashModel`.
-        use: as `draftloom.kernels.add_rms_norm.add_norm`.
-    """
-    use = add_rms_norm.OPERATION.wanted(use)
-    for layer in network.layers:
-        layer.added_by = "array" if use is None else use
-
-
 def place_heads(network: Any, use: Any) -> None:
     """Norm and rotate q and k of packed products by a kernel, if that is what `use` says.
 
@@ -104,10 +85,11 @@ def place_heads(network: Any, use: Any) -> None:
         network: a `DFlashModel`, packed as it is to be.
         use: as `draftloom.kernels.qk_norm_rope.place`.
     """
-    use = qk_norm_rope.OPERATION.wanted(use)
+    wanted = qk_norm_rope.OPERATION.wanted(use)
     for layer in network.layers:
-        layer.self_attn.placed_by = use
-    if use is not None and all(layer.self_attn.product is None for layer in network.layers):
+        layer.self_attn.placed_by = wanted
+    apart = all(layer.self_attn.product is None for layer in network.layers)
+    if use is not None and wanted is not None and apart:
         _log.warning(
             "%s: it reads q and k from one product, and they are apart: choose %s=attention too",
             qk_norm_rope.OPERATION.name,

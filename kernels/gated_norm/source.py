@@ -9,7 +9,7 @@ from typing import ClassVar
 import attrs
 
 from draftloom.kernels.gated_delta_inputs.source import CUDA_PRELUDE, METAL_PRELUDE
-from draftloom.kernels.rms_norm import NormVariant
+from draftloom.kernels.head_norm import HeadNormVariant
 
 __all__ = ["CUDA_PRELUDE", "METAL_PRELUDE", "Variant"]
 
@@ -45,7 +45,7 @@ _BODY = """
 
 
 @attrs.frozen(cache_hash=True)
-class Variant(NormVariant):
+class Variant(HeadNormVariant):
     """The kernel for one epsilon."""
 
     name = "draftloom_gated_norm"

@@ -16,7 +16,7 @@ from .source import CUDA_PRELUDE, METAL_PRELUDE
 
 __all__ = ["TIMED", "cuda", "metal"]
 
-TIMED: frozenset[str] = frozenset()
+TIMED: frozenset[str] = frozenset({"cuda"})
 """Backends on which the kernel was timed and found to pay: there `auto` runs it."""
 
 

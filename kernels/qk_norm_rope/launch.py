@@ -10,7 +10,7 @@ import attrs
 import mlx.core as mx
 
 from draftloom.kernels.backend import Backend, KernelLauncher
-from draftloom.kernels.rms_norm import HeadNormRequest
+from draftloom.kernels.head_norm import HeadNormRequest
 
 from .placing import Heads, Rotation
 from .source import Variant

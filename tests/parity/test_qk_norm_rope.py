@@ -179,7 +179,7 @@ def test_a_drafter_drafts_the_same(
 def test_it_is_chosen_by_name() -> None:
     settings = KernelSettings.of({"qk-norm-rope": "array"})
     assert qk_norm_rope.OPERATION.wanted(settings.use("qk-norm-rope")) is None
-    assert qk_norm_rope.OPERATION.wanted(None) is None, "it was not timed: auto does not run it"
+    assert {"cuda"} == qk_norm_rope.TIMED
     assert qk_norm_rope.OPERATION.wanted("cuda") == "cuda"
 
 

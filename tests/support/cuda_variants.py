@@ -8,9 +8,7 @@ from typing import Any
 import attrs
 import mlx.core as mx
 
-from draftloom.kernels import add_rms_norm, few_rows, gated_delta, qk_norm_rope, verify_attention
-from draftloom.kernels.add_rms_norm import checks as add_checks
-from draftloom.kernels.add_rms_norm.launch import Launcher as AddRmsNorm
+from draftloom.kernels import few_rows, gated_delta, qk_norm_rope, verify_attention
 from draftloom.kernels.backend import Backend
 from draftloom.kernels.cuda_program import program
 from draftloom.kernels.few_rows import checks as few_rows_checks
@@ -100,12 +98,6 @@ def _qk_norm_rope(recorder: _Recorder) -> None:
         launcher.place(rows, heads, norms, qk_norm_rope.Rotation(rope, case.offset))
 
 
-def _add_rms_norm(recorder: _Recorder) -> None:
-    launcher = AddRmsNorm(recorder.on(add_rms_norm.cuda.BACKEND))
-    for case in add_checks.CASES:
-        launcher.add_norm(*case.arrays())
-
-
 def _recorded(run: Callable[[_Recorder], None]) -> Callable[[], list[Program]]:
     def programs() -> list[Program]:
         recorder = _Recorder()
@@ -119,7 +111,6 @@ FAMILIES: dict[str, Callable[[], list[Program]]] = {
     "gated-delta": _recorded(_gated_delta),
     "verify-attention": _recorded(_attention),
     "few-rows": _recorded(_few_rows),
-    "add-rms-norm": _recorded(_add_rms_norm),
     "qk-norm-rope": _recorded(_qk_norm_rope),
 }
 """By operation: what its kernels are."""

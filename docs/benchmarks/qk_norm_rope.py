@@ -1,11 +1,10 @@
-"""What norms are worth as one launch with what stands beside them: on the host, and in all.
+"""What ``qk-norm-rope`` is worth: on the host, and in all.
 
-    python docs/benchmarks/fused_norms.py OUT.json
+    python docs/benchmarks/qk_norm_rope.py OUT.json
 
-Chains of layers, traced by `mx.compile` as a model's pass is: the residual addition and the norm
-behind it (``add-rms-norm``), and norms and rotary positions of queries and keys (``qk-norm-rope``).
-"host" is the time until the launches are handed over, "all" until their results are there; each
-divided by the layers, in microseconds. Ways take turns.
+Norms and rotary positions of eight layers' queries and keys, traced by `mx.compile` as a model's
+pass is. "host" is the time until the launches are handed over, "all" until their results are there;
+each divided by the layers, in microseconds. Ways take turns.
 """
 
 from __future__ import annotations
@@ -22,27 +21,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from draftloom.apps.bench.report import machine
-from draftloom.kernels import add_rms_norm, qk_norm_rope
+from draftloom.kernels import qk_norm_rope
 from draftloom.kernels.qk_norm_rope import Heads, Rotation
 from draftloom.versions import version_of
 
-
-def additions(layers: int, tokens: int, size: int, use: Any) -> Callable[[], mx.array]:
-    """A residual stream through additions and norms."""
-    norms = [nn.RMSNorm(size) for _ in range(layers)]
-    for norm in norms:
-        norm.weight = norm.weight.astype(mx.bfloat16)
-    x = mx.random.normal((1, tokens, size)).astype(mx.bfloat16)
-    mx.eval(x, [norm.weight for norm in norms])
-
-    def run(x: mx.array) -> mx.array:
-        h = y = x
-        for norm in norms:
-            h, y = add_rms_norm.add_norm(h, y, norm, use=use)
-        return y
-
-    traced = mx.compile(run)
-    return lambda: traced(x)
+LAYERS = 8
 
 
 def heads(layers: int, tokens: int, gated: bool, use: Any) -> Callable[[], mx.array]:
@@ -86,21 +69,17 @@ def main() -> None:
     parser.add_argument("--kernel", default="cuda")
     parser.add_argument("--rounds", type=int, default=60)
     options = parser.parse_args()
-    cases: dict[str, tuple[int, dict[str, Callable[[], Any]]]] = {}
+    cases: dict[str, dict[str, Callable[[], Any]]] = {}
     for tokens in (1, 16):
-        for name, make, layers in (
-            ("add-rms-norm", lambda use, t=tokens: additions(64, t, 2560, use), 64),
-            ("qk-norm-rope", lambda use, t=tokens: heads(8, t, False, use), 8),
-            ("qk-norm-rope, gated", lambda use, t=tokens: heads(8, t, True, use), 8),
-        ):
-            ways = {use: make(use) for use in ("array", options.kernel)}
-            cases[f"{name}, {tokens} tokens"] = layers, ways
+        for name, gated in (("qk-norm-rope", False), ("qk-norm-rope, gated", True)):
+            ways = {use: heads(LAYERS, tokens, gated, use) for use in ("array", options.kernel)}
+            cases[f"{name}, {tokens} tokens"] = ways
     report: dict[str, Any] = {
         "machine": machine(),
         "versions": {name: version_of(name) for name in ("draftloom", "mlx")},
         "microseconds": {},
     }
-    for name, (layers, ways) in cases.items():
+    for name, ways in cases.items():
         times: dict[str, list[tuple[float, float]]] = {use: [] for use in ways}
         for turn in range(options.rounds + 5):
             for use, run in ways.items():
@@ -109,7 +88,7 @@ def main() -> None:
                     times[use].append(found)
         report["microseconds"][name] = {
             use: {
-                what: 1e6 * statistics.median(one[at] for one in taken) / layers
+                what: 1e6 * statistics.median(one[at] for one in taken) / LAYERS
                 for at, what in enumerate(("host", "all"))
             }
             for use, taken in times.items()

@@ -1,4 +1,4 @@
-"""What kernels with an RMS norm in them have in common."""
+"""What kernels have in common whose simdgroups norm one head each."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from typing import ClassVar
 import attrs
 import mlx.core as mx
 
-__all__ = ["FLOATS", "HeadNormRequest", "NormVariant"]
+__all__ = ["HeadNormRequest", "HeadNormVariant"]
 
-FLOATS = (mx.float32, mx.float16, mx.bfloat16)
-"""What such kernels read and write."""
+_FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 
 
 @attrs.frozen
 class HeadNormRequest:
-    """What a call asks of a kernel whose simdgroups norm one head each.
+    """What a call asks of such a kernel.
 
     Attributes:
         dtype: of what is normed.
@@ -38,14 +37,14 @@ class HeadNormRequest:
         """
         if self.size % 32 or not 32 <= self.size <= 256:
             return f"{name} = {self.size}: the kernel needs a multiple of 32 up to 256"
-        if self.dtype not in FLOATS:
+        if self.dtype not in _FLOATS:
             return f"dtype {self.dtype}: the kernel takes float32, float16 and bfloat16"
         return None if self.plain else otherwise
 
 
 @attrs.frozen(cache_hash=True)
-class NormVariant:
-    """A kernel for one epsilon.
+class HeadNormVariant:
+    """Such a kernel for one epsilon.
 
     Attributes:
         name: a short one; the backend adds a digest of the source.
