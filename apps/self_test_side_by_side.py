@@ -145,11 +145,16 @@ class _Start:
     Args:
         context: of `get_ready`.
         work: what a process does.
+
+    Attributes:
+        begun: whether any has begun its work.
+        failed: whether any ended before.
     """
 
     def __init__(self, context: BaseContext, work: str) -> None:
         self._context, self._work = context, work
         self._lock = threading.Lock()
+        self.begun = self.failed = False
 
     def __call__(self) -> tuple[Any, Connection]:
         """The process, and the connection by which it is asked."""
@@ -172,6 +177,8 @@ class _Process:
 
     def run(self, item: Item, end: float) -> Ran | None:
         """None where the process does not know the kernel. What runs at `end` is left out."""
+        if self._start.failed and not self._start.begun:
+            return _left_out(item, NO_PROCESS)
         begin = time.perf_counter()
         until = min(begin + self._patience, end)
         ready = self._running is not None
@@ -179,11 +186,12 @@ class _Process:
             if self._running is None:
                 self._running = self._start()
             process, asked = self._running
-            ready = ready or _answer(asked, until) == READY
-            if ready:
-                asked.send((item.kernel, item.index))
-                found: Ran | None = _answer(asked, until)
-                return found
+            if not ready:
+                ready = _answer(asked, until) == READY
+                self._start.begun |= ready
+            asked.send((item.kernel, item.index))
+            found: Ran | None = _answer(asked, until)
+            return found
         except TimeoutError:
             if time.perf_counter() < end:
                 process.terminate()
@@ -191,6 +199,7 @@ class _Process:
                 process.kill()  # the one over it alone: what it compiles is kept
         except (EOFError, OSError):  # it has ended
             if not ready:
+                self._start.failed = True
                 self.end()
                 return _left_out(item, NO_PROCESS)
         seconds = time.perf_counter() - begin

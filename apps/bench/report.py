@@ -17,6 +17,7 @@ from typing import Any
 import attrs
 import mlx.core as mx
 
+from draftloom.device import device_memory
 from draftloom.errors import UsageError
 from draftloom.versions import version_of
 
@@ -61,6 +62,13 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(median(values), min(values), max(values))
 
 
+MLX_SETTINGS = (
+    "MLX_CUDA_GRAPH_CACHE_SIZE", "MLX_ENABLE_TF32", "MLX_MAX_MB_PER_BUFFER",
+    "MLX_MAX_OPS_PER_BUFFER", "MLX_USE_CUDA_GRAPHS",
+)  # fmt: skip
+"""What MLX reads from the environment alone and works by."""
+
+
 def machine() -> dict[str, Any]:
     """What it ran on, without anything that names a person or a host."""
     details = mx.device_info()
@@ -68,10 +76,11 @@ def machine() -> dict[str, Any]:
     return {
         "device": str(name),
         "backend": mx.default_device().type.name,
-        "memory_bytes": int(details.get("memory_size", 0)),
+        "memory_bytes": device_memory() or 0,
         "system": f"{platform.system()} {platform.machine()}",
         "processors": os.cpu_count(),
         "python": platform.python_version(),
+        "mlx_settings": {name: os.environ[name] for name in MLX_SETTINGS if name in os.environ},
     }
 
 

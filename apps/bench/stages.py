@@ -29,6 +29,7 @@ from draftloom.contracts import (
     Verifier,
 )
 from draftloom.drafting import propose_first
+from draftloom.errors import UsageError
 from draftloom.pipeline import Pipeline
 from draftloom.recording import made_of
 from draftloom.sampling import SamplingParams, SamplingState
@@ -188,6 +189,14 @@ def _instrumented(pipeline: Pipeline, clock: _Clock) -> Pipeline:
     """The same pipeline over parts that count their time. What cycles take here, waited for, is not
     for its width policy to learn from: it has one of its own."""
     parts = pipeline._parts  # an application of this project; users have no need of it
+    try:
+        width = copy.deepcopy(parts.width)
+    except TypeError as error:
+        raise UsageError(
+            f"width policy {parts.width.info.name!r} cannot be copied ({error}), which timing the "
+            "stages needs",
+            "use --no-stages",
+        ) from error
 
     def open_speculation(cache: list[Any], block: mx.array) -> _Speculation:
         inner = clock.timed(
@@ -201,7 +210,7 @@ def _instrumented(pipeline: Pipeline, clock: _Clock) -> Pipeline:
         verifier=_Verifier(parts.verifier, clock),
         acceptance=_Acceptance(parts.acceptance, clock),
         open_speculation=open_speculation,
-        width=copy.deepcopy(parts.width),
+        width=width,
     )
     return Pipeline(pipeline.spec, wrapped, pipeline.tokenizer, pipeline.sampling, pipeline.names)
 

@@ -28,9 +28,10 @@ def self_test(
 
     Raises:
         UsageError: the record cannot be written.
-        Exit: code 1 where something failed.
+        Exit: code 1 where something failed, or could not be begun.
     """
     from draftloom.apps.self_test import run_self_test
+    from draftloom.apps.self_test_report import NO_PROCESS
     from draftloom.apps.self_test_side_by_side import processes_here
     from draftloom.self_test_record import SelfTestRecord
 
@@ -44,7 +45,7 @@ def self_test(
         typer.echo(json.dumps(data, indent=2))
     else:
         typer.echo("\n".join([*_lines(found, versions), f"written to {file}"]))
-    if not found.passed:
+    if not found.passed or any(_for(one, NO_PROCESS) for one in found.tested):
         raise typer.Exit(1)
 
 

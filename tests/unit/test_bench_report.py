@@ -14,7 +14,7 @@ from rich.console import Console
 
 from draftloom.apps.bench.compare import compare_reports, differences
 from draftloom.apps.bench.html import render_html
-from draftloom.apps.bench.report import read_report, summarize
+from draftloom.apps.bench.report import MLX_SETTINGS, machine, read_report, summarize
 from draftloom.apps.bench.table import print_report
 from draftloom.errors import UsageError
 
@@ -242,6 +242,18 @@ def test_compare_gives_ratios_with_the_range_of_both() -> None:
     assert found["dflash"].high == pytest.approx(200 / 2.5)
     assert found["dflash"].certain
     assert not any(c.certain for c in compare_reports(before, before))
+
+
+def test_what_mlx_takes_from_the_environment_is_in_the_report(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in MLX_SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MLX_HOSTFILE", "/a/path/of/somebody")
+    assert machine()["mlx_settings"] == {}
+    monkeypatch.setenv("MLX_MAX_OPS_PER_BUFFER", "120")
+    assert machine()["mlx_settings"] == {"MLX_MAX_OPS_PER_BUFFER": "120"}
+    assert machine()["memory_bytes"] > 2**20
 
 
 def test_compare_says_what_differs() -> None:

@@ -1,5 +1,6 @@
 """Simulated acceptance, random weights of known shapes, and the pass that times the stages."""
 
+import threading
 from itertools import pairwise
 from typing import Any
 
@@ -268,6 +269,14 @@ def test_the_width_policy_learns_nothing_from_cycles_that_wait() -> None:
         assert repr(vars(pipeline._parts.width)) == before
         pipeline.generate(prompts[0].ids, max_tokens=12)
         assert repr(vars(pipeline._parts.width)) != before
+
+
+def test_a_width_policy_that_cannot_be_copied_is_said() -> None:
+    builder = PipelineBuilder(plugins=PluginManager(entry_points=False)).model(build("qwen3_5"))
+    with builder.drafter("prompt-lookup").width("adaptive", calibrate="off").build() as pipeline:
+        pipeline._parts.width.lock = threading.Lock()
+        with pytest.raises(UsageError, match=r"adaptive.*cannot be copied.*--no-stages"):
+            time_stages("x", pipeline, [EncodedPrompt("s", (1, 2, 3, 1, 2))], 4)
 
 
 def test_stage_times_of_all_repeats_are_sums_by_variant() -> None:
