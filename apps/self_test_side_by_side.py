@@ -89,7 +89,7 @@ def run_side_by_side(
     until: float,
     progress: Callable[[str], None] = lambda what: None,
     *,
-    work: str = WORK,
+    work: str | None = None,
     patience: float = PATIENCE,
     grace: float = GRACE,
 ) -> list[Ran]:
@@ -101,8 +101,8 @@ def run_side_by_side(
         until: when, by `time.perf_counter`, no further check is begun.
         progress: told what runs next; by one thread at a time.
         work: ``module:function``, what a process does: for each (kernel, index) that comes by the
-            connection it sends a `Ran`, or None where it does not know the kernel. By default it
-            runs the checks of the plugins that are installed.
+            connection it sends a `Ran`, or None where it does not know the kernel. None is `WORK`:
+            the checks of the plugins that are installed.
         patience: seconds after which a check's process is killed, and the check has failed.
         grace: seconds after `until` at which the check is left out in any case: it may have waited
             for compilers alone. Its process ends with it, later; what was compiled is kept for the
@@ -111,7 +111,7 @@ def run_side_by_side(
     Returns:
         One for each item.
     """
-    start = _Start(get_ready(), work)
+    start = _Start(get_ready(), work or WORK)
     waiting = deque(enumerate(items))
     results: dict[int, Ran | None] = {}
     lock = threading.Lock()

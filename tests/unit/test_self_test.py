@@ -19,7 +19,6 @@ from draftloom.apps.cli import build_app
 from draftloom.apps.cli.state import CliState
 from draftloom.apps.self_test import check_kernel, run_self_test
 from draftloom.apps.self_test_report import KernelReport, SelfTest
-from draftloom.apps.self_test_side_by_side import run_side_by_side
 from draftloom.caches.trim import TrimRollback
 from draftloom.kernel_settings import implementations
 from draftloom.kernels.check import Check, difference
@@ -351,7 +350,7 @@ def test_the_report_to_paste() -> None:
 
 def test_processes_that_could_not_begin_are_no_success(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(self_test_side_by_side, "processes_here", lambda: 2)
-    monkeypatch.setitem(run_side_by_side.__kwdefaults__, "work", "no_such_module_of_a_test:serve")
+    monkeypatch.setattr(self_test_side_by_side, "WORK", "no_such_module_of_a_test:serve")
     done = command(fakes.plugins(), "--self-test")
     assert done.exit_code == 1
     assert "processes ended before they could begin" in " ".join(done.stdout.split())
