@@ -118,6 +118,20 @@ class SelfTest:
         """Whether nothing failed."""
         return not any(one.failed for one in self.tested)
 
+    @property
+    def late(self) -> list[str]:
+        """Kernels of which a check was not run for want of time."""
+        return self._left_out(NO_TIME)
+
+    @property
+    def unable(self) -> list[str]:
+        """Kernels of which a check was not run since no process could be started for it."""
+        return self._left_out(NO_PROCESS)
+
+    def _left_out(self, reason: str) -> list[str]:
+        why = {one.kernel: [check.left_out for check in one.left_out] for one in self.tested}
+        return [kernel for kernel, reasons in why.items() if reason in reasons]
+
     def record(self, before: SelfTestRecord | None = None) -> SelfTestRecord:
         """What pipelines are to know of it.
 

@@ -147,14 +147,13 @@ class _Start:
         work: what a process does.
 
     Attributes:
-        begun: whether any has begun its work.
-        failed: whether any ended before.
+        works: whether any has begun its work; None before that is known.
     """
 
     def __init__(self, context: BaseContext, work: str) -> None:
         self._context, self._work = context, work
         self._lock = threading.Lock()
-        self.begun = self.failed = False
+        self.works: bool | None = None
 
     def __call__(self) -> tuple[Any, Connection]:
         """The process, and the connection by which it is asked."""
@@ -177,7 +176,7 @@ class _Process:
 
     def run(self, item: Item, end: float) -> Ran | None:
         """None where the process does not know the kernel. What runs at `end` is left out."""
-        if self._start.failed and not self._start.begun:
+        if self._start.works is False:
             return _left_out(item, NO_PROCESS)
         begin = time.perf_counter()
         until = min(begin + self._patience, end)
@@ -187,8 +186,7 @@ class _Process:
                 self._running = self._start()
             process, asked = self._running
             if not ready:
-                ready = _answer(asked, until) == READY
-                self._start.begun |= ready
+                self._start.works = ready = _answer(asked, until) == READY
             asked.send((item.kernel, item.index))
             found: Ran | None = _answer(asked, until)
             return found
@@ -199,7 +197,7 @@ class _Process:
                 process.kill()  # the one over it alone: what it compiles is kept
         except (EOFError, OSError):  # it has ended
             if not ready:
-                self._start.failed = True
+                self._start.works = self._start.works or False
                 self.end()
                 return _left_out(item, NO_PROCESS)
         seconds = time.perf_counter() - begin

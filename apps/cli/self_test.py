@@ -31,7 +31,6 @@ def self_test(
         Exit: code 1 where something failed, or could not be begun.
     """
     from draftloom.apps.self_test import run_self_test
-    from draftloom.apps.self_test_report import NO_PROCESS
     from draftloom.apps.self_test_side_by_side import processes_here
     from draftloom.self_test_record import SelfTestRecord
 
@@ -45,13 +44,11 @@ def self_test(
         typer.echo(json.dumps(data, indent=2))
     else:
         typer.echo("\n".join([*_lines(found, versions), f"written to {file}"]))
-    if not found.passed or any(_for(one, NO_PROCESS) for one in found.tested):
+    if not found.passed or found.unable:
         raise typer.Exit(1)
 
 
 def _lines(found: SelfTest, versions: dict[str, str]) -> list[str]:
-    from draftloom.apps.self_test_report import NO_PROCESS, NO_TIME
-
     made = found.made_for
     lines = [f"draftloom self-test of {found.date}, {found.seconds:.1f} s"]
     lines.append(f"device {made['device']} ({made['backend']})")
@@ -60,29 +57,22 @@ def _lines(found: SelfTest, versions: dict[str, str]) -> list[str]:
     for one in found.tested:
         lines += _of(one)
     failed = [one.kernel for one in found.tested if one.failed]
-    unable = [one.kernel for one in found.tested if _for(one, NO_PROCESS)]
-    late = [one.kernel for one in found.tested if _for(one, NO_TIME)]
-    if unable:
+    if found.unable:
         lines.append(
-            f"not wholly run: {', '.join(unable)}; those stay as they were. Their processes ended "
-            "before they could begin; what they said is above"
+            f"not wholly run: {', '.join(found.unable)}; those stay as they were. Their "
+            "processes ended before they could begin; what they said is above"
         )
-    if late:
+    if found.late:
         lines.append(
-            f"not wholly run, for want of time: {', '.join(late)}; those stay as they were. "
+            f"not wholly run, for want of time: {', '.join(found.late)}; those stay as they were. "
             "What still compiles goes on, and is kept: run it again in some minutes"
         )
     if failed:
         lines.append(f"FAILED: {', '.join(failed)}; turned off on this device")
     else:
-        whole = not late and not unable
+        whole = not found.late and not found.unable
         lines.append("all passed: nothing is turned off" if whole else "what was run passed")
     return lines
-
-
-def _for(one: KernelReport, reason: str) -> bool:
-    """Whether a check of a kernel was left out for this reason."""
-    return any(check.left_out == reason for check in one.left_out)
 
 
 def _of(one: KernelReport) -> list[str]:

@@ -30,6 +30,7 @@ from draftloom.apps.bench.simulate import (
     simulated_subject,
 )
 from draftloom.apps.bench.subjects import Simulation
+from draftloom.pipeline import Pipeline
 from draftloom.versions import version_of
 
 TEXTS = 2
@@ -44,30 +45,28 @@ def alone(model: Any, prompt: tuple[int, ...], tokens: int) -> float:
     return (tokens - 1) / (time.perf_counter() - begin)
 
 
+def text(pipeline: Pipeline, prompt: tuple[int, ...], tokens: int) -> dict[str, Any]:
+    """What one text took, from the first token on."""
+    begin, written, cycles = 0.0, 0, []
+    for chunk in pipeline.stream(list(prompt), max_tokens=tokens, ignore_eos=True, temperature=0.0):
+        if not begin:
+            begin = time.perf_counter()
+            continue
+        cycles.append(1e3 * chunk.cycle.seconds)
+        written += len(chunk.token_ids)
+    seconds = time.perf_counter() - begin
+    return {
+        "tokens_per_second": written / seconds,
+        "tokens_per_cycle": written / len(cycles),
+        "median_ms": statistics.median(cycles),
+        "cycles": cycles,
+    }
+
+
 def texts(builder: PipelineBuilder, prompt: tuple[int, ...], tokens: int) -> list[dict[str, Any]]:
     """What each text of a pipeline took."""
-    found = []
     with builder.build() as pipeline:
-        for _ in range(TEXTS):
-            begin, written, cycles = 0.0, 0, []
-            for chunk in pipeline.stream(
-                list(prompt), max_tokens=tokens, ignore_eos=True, temperature=0.0
-            ):
-                if not begin:
-                    begin = time.perf_counter()
-                    continue
-                cycles.append(1e3 * chunk.cycle.seconds)
-                written += len(chunk.token_ids)
-            seconds = time.perf_counter() - begin
-            found.append(
-                {
-                    "tokens_per_second": written / seconds,
-                    "tokens_per_cycle": written / len(cycles),
-                    "median_ms": statistics.median(cycles),
-                    "cycles": cycles,
-                }
-            )
-    return found
+        return [text(pipeline, prompt, tokens) for _ in range(TEXTS)]
 
 
 def main() -> None:

@@ -60,22 +60,32 @@ def copies(make: Any, inputs: int, outputs: int) -> Step:
     return step
 
 
+def phases(run: Callable[[], Any]) -> dict[str, float]:
+    """Seconds to put something together, to hand it over, and from then on until all is there."""
+    mx.synchronize()
+    begin = time.perf_counter()
+    found = run()
+    built = time.perf_counter()
+    mx.async_eval(found)
+    launched = time.perf_counter()
+    mx.synchronize()
+    end = time.perf_counter()
+    return {"build": built - begin, "launch": launched - built, "all": end - built}
+
+
 def timed(step: Step, start: mx.array) -> dict[str, float]:
     """Microseconds a launch of a chain."""
-    taken: dict[str, list[float]] = {"build": [], "launch": [], "all": []}
-    for turn in range(ROUNDS + WARM_UP):
-        x, begin = start, time.perf_counter()
+
+    def chain() -> mx.array:
+        x = start
         for _ in range(LAUNCHES):
             x = step(x)
-        built = time.perf_counter()
-        mx.async_eval(x)
-        launched = time.perf_counter()
-        mx.synchronize()
-        if turn >= WARM_UP:
-            taken["build"].append(built - begin)
-            taken["launch"].append(launched - built)
-            taken["all"].append(time.perf_counter() - built)
-    return {what: 1e6 * statistics.median(each) / LAUNCHES for what, each in taken.items()}
+        return x
+
+    taken = [phases(chain) for _ in range(ROUNDS + WARM_UP)][WARM_UP:]
+    return {
+        what: 1e6 * statistics.median(one[what] for one in taken) / LAUNCHES for what in taken[0]
+    }
 
 
 def main() -> None:

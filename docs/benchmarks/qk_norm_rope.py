@@ -12,13 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from launches import phases
 
 from draftloom.apps.bench.report import machine
 from draftloom.kernels import qk_norm_rope
@@ -52,14 +52,8 @@ def heads(layers: int, tokens: int, gated: bool, use: Any) -> Callable[[], mx.ar
 
 def timed(run: Callable[[], Any]) -> tuple[float, float]:
     """Seconds until it is handed over, and until it is there."""
-    mx.synchronize()
-    begin = time.perf_counter()
-    found = run()
-    mx.async_eval(found)
-    handed = time.perf_counter() - begin
-    mx.eval(found)
-    mx.synchronize()
-    return handed, time.perf_counter() - begin
+    found = phases(run)
+    return found["build"] + found["launch"], found["build"] + found["all"]
 
 
 def main() -> None:

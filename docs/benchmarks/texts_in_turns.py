@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from pathlib import Path
 from typing import Any
 
+from cycles import text
 from step_of_a_shape import named
 
 from draftloom import PipelineBuilder
@@ -35,26 +35,18 @@ def host() -> float:
     return 1e3 * (time.perf_counter() - begin)
 
 
-def text(pipeline: Pipeline, prompt: EncodedPrompt, tokens: int) -> dict[str, float]:
-    """One text, and where its time goes."""
-    before, begin, written, cycles = host(), 0.0, 0, []
-    for chunk in pipeline.stream(
-        list(prompt.ids), max_tokens=tokens, ignore_eos=True, temperature=0.0
-    ):
-        if not begin:
-            begin = time.perf_counter()
-            continue
-        cycles.append(1e3 * chunk.cycle.seconds)
-        written += len(chunk.token_ids)
-    speed = written / (time.perf_counter() - begin)
+def staged(pipeline: Pipeline, prompt: EncodedPrompt, tokens: int) -> dict[str, float]:
+    """One text, and how it stands to what its stages take."""
+    before, found = host(), text(pipeline, prompt.ids, tokens)
     (limit,) = time_stages("", pipeline, [prompt], tokens).limits
+    cycles = sorted(found["cycles"])
     return {
         "host_ms": before,
-        "tokens_per_second": speed,
-        "tokens_per_cycle": written / len(cycles),
-        "cycle_ms": statistics.median(cycles),
-        "quiet_cycle_ms": sorted(cycles)[len(cycles) // 10],
-        "efficiency": speed / limit if limit else 0.0,
+        "tokens_per_second": found["tokens_per_second"],
+        "tokens_per_cycle": found["tokens_per_cycle"],
+        "cycle_ms": found["median_ms"],
+        "quiet_cycle_ms": cycles[len(cycles) // 10],
+        "efficiency": found["tokens_per_second"] / limit if limit else 0.0,
     }
 
 
@@ -87,7 +79,7 @@ def main() -> None:
                 pipeline.generate(list(prompts[0].ids), max_tokens=options.tokens, ignore_eos=True)
                 time_stages("", pipeline, prompts[:1], options.tokens // 4)
                 for index, prompt in enumerate(prompts):
-                    found = text(pipeline, prompt, options.tokens)
+                    found = staged(pipeline, prompt, options.tokens)
                     row = {"turn": turn, "setting": name, "width": width, "prompt": index, **found}
                     report["texts"].append(row)
                     print({k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()})
